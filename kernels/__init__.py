@@ -1,0 +1,1 @@
+"""Compiled backends: a row loop knows no formulas, an integrand knows no loops."""

@@ -1,0 +1,535 @@
+"""The CPU backend: Numba kernels on explicit vectors, run by a few threads.
+
+A call is planned as one or more kernel runs (a *step*), which write one value a row - or
+``STATISTICS`` values - and a function that makes the result of them:
+
+======================  ====================================================================
+``one_pass``            KL, Rényi and what follows from it, cross-entropy: float32, one read
+``two_phase``           JS with weight 1/2, total variation, Hellinger, Jeffreys: float32
+``single_pass``         entropy, log-sum-exp, token log-probabilities, argmax: float32
+``exact``               all of them, and the rest, in float64, for any input
+``top_k``               overlap of the largest entries
+======================  ====================================================================
+
+A float32 kernel names the rows that it could not finish to full accuracy; ``exact`` does
+those.  Rows are shared out to threads; batches of few long rows are cut along the vocabulary
+and merged.  How they are cut depends on the shape alone, so a result never depends on the
+number of threads.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import native, threads
+from .native import kernel
+from .threads import get_num_threads, set_num_threads
+
+__all__ = [
+    "available",
+    "compare",
+    "explain",
+    "get_num_threads",
+    "info",
+    "log_softmax",
+    "read_bytes",
+    "run",
+    "set_num_threads",
+    "warmup",
+]
+
+Values = NDArray[np.float64]
+Numbers = NDArray[np.int64]
+
+#: A batch of fewer rows than this is cut into parts of PART entries.
+FEW_ROWS = 64
+PART = 32768
+#: Entries (of both rows) that are worth waking a thread for, and that a thread takes at a time.
+WORTH_A_THREAD = 1 << 17
+AT_A_TIME = 1 << 16
+#: Bytes of both rows that ``compare`` keeps in cache while every metric reads them.
+CACHE_BLOCK = 1 << 21
+
+STATISTICS = 5
+_ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+_DTYPE_CODE = {"float16": 0, "bfloat16": 1, "float32": 2, "float64": 3}
+#: The parameters of each kernel, as native.kernel wants them.
+_SIGNATURE = {
+    "one_pass": "q" * 17 + "d" * 3,
+    "two_phase": "q" * 18 + "d",
+    "single_pass": "q" * 18 + "d",
+    "exact": "q" * 18 + "d" * 3,
+    "top_k": "q" * 18,
+    "read": "q" * 5,
+}
+
+
+class Rows(Protocol):
+    """A batch of rows in memory."""
+
+    owner: object  # keeps the memory alive
+    address: int  # of the first entry of row 0
+    dtype: str  # "float16", "bfloat16", "float32" or "float64"
+    count: int
+    width: int
+    stride: int  # bytes between entries
+    row_stride: int  # bytes between rows, where offsets is None
+    offsets: Numbers | None  # bytes from row 0
+    input: str  # "logits", "log_probs" or "probs"
+    temperature: float
+
+
+class Step(NamedTuple):
+    """One kernel run: which kernel, on which rows, with which parameter."""
+
+    module: str
+    operation: str
+    rows: str  # "pq", "qp", "p" or "q"
+    parameter: float = 0.0
+    limit: float = 0.0
+
+
+class Plan(NamedTuple):
+    """The steps of an operation, and how their values become the result."""
+
+    steps: tuple[Step, ...]
+    finish: Callable[..., Values]
+
+
+# --- plans -------------------------------------------------------------------------------
+
+
+def _same(values: Values) -> Values:
+    return values
+
+
+def _pair(module: str, operation: str, parameter: float = 0.0, rows: str = "pq") -> Plan:
+    return Plan((Step(module, operation, rows, parameter, 40.0),), _same)
+
+
+def _statistics(finish: Callable[..., Values], *rows: str) -> Plan:
+    return Plan(tuple(Step("single_pass", "statistics", side) for side in rows), finish)
+
+
+def _renyi_step(alpha: float, limit: float) -> tuple[Step, float]:
+    """The step for order alpha, and the factor that its value must be multiplied with.
+
+    Orders below 1/2 exchange the arguments: (1 - a) D_a(P, Q) = a D_(1-a)(Q, P).
+    """
+    if alpha == 1.0:
+        return Step("one_pass", "kl", "pq", 0.0, 40.0), 1.0
+    if alpha == 0.0:
+        return Step("exact", "renyi_0", "pq"), 1.0
+    if alpha == math.inf:
+        return Step("exact", "renyi_inf", "pq"), 1.0
+    if alpha < 0.5:
+        return Step("one_pass", "renyi", "qp", -alpha, limit), alpha / (1.0 - alpha)
+    return Step("one_pass", "renyi", "pq", alpha - 1.0, limit), 1.0
+
+
+def _renyi(alpha: float) -> Plan:
+    step, factor = _renyi_step(alpha, 40.0)
+    return Plan((step,), lambda values: factor * values)
+
+
+def _power(alpha: float, scale: Callable[[float], float]) -> Plan:
+    """(S - 1)/(alpha - 1) scale(alpha), with log S = (alpha - 1) times the Rényi divergence."""
+    if alpha == 0.0 and scale(1.0) != scale(2.0):
+        return _pair("one_pass", "kl", rows="qp")  # the limit of the alpha-divergence
+    if alpha == math.inf:
+        return Plan(
+            (Step("exact", "renyi_inf", "pq"),),
+            lambda values: np.where(values > 0.0, math.inf, values),
+        )
+    # The relative error of S is the absolute error of its logarithm, hence the low limit.
+    step, factor = _renyi_step(alpha, 12.0)
+    if alpha == 1.0:
+        return Plan((step,), _same)
+
+    def finish(values: Values) -> Values:
+        with np.errstate(over="ignore", invalid="ignore"):
+            log_s = (alpha - 1.0) * factor * values
+            # expm1(z)/z is 1 where z vanishes; far from 1 the sum S itself is used.
+            ratio = np.where(log_s == 0.0, 1.0, np.expm1(log_s) / np.where(log_s == 0.0, 1.0, log_s))
+            near = ratio * (factor * scale(alpha)) * values
+            far = np.expm1(log_s) * (scale(alpha) / (alpha - 1.0))
+            return np.where(np.abs(log_s) < 1.0, near, far)
+
+    return Plan((step,), finish)
+
+
+_JS_STEP = Step("two_phase", "js", "pq")
+
+
+def _js(weight: float) -> Plan:
+    if weight == 0.5:
+        return Plan((_JS_STEP,), _same)
+    if weight in (0.0, 1.0):
+        # 0, but still NaN for rows that are no distribution.
+        return Plan((Step("two_phase", "tv", "pq"),), lambda values: 0.0 * values)
+    return Plan((Step("exact", "js", "pq", weight),), _same)
+
+
+def _entropy(s: Values) -> Values:
+    return np.log1p(s[:, 1]) + s[:, 2] / (1.0 + s[:, 1]) + 0.0 * s[:, 0]
+
+
+def _token_log_prob(s: Values) -> Values:
+    return s[:, 4] - np.log1p(s[:, 1]) + 0.0 * s[:, 0]
+
+
+def _same_top(p: Values, q: Values) -> Values:
+    return np.where(p[:, 3] == q[:, 3], 1.0, 0.0) + 0.0 * (p[:, 0] + q[:, 0])
+
+
+@functools.cache
+def _plan(name: str, parameters: tuple[float, ...]) -> Plan:
+    """How an operation of the table is computed here."""
+    if name == "js":
+        return _js(*parameters)
+    if name == "renyi":
+        return _renyi(*parameters)
+    if name == "alpha":
+        return _power(*parameters, scale=lambda alpha: 1.0 / alpha)
+    if name == "tsallis":
+        return _power(*parameters, scale=lambda alpha: 1.0)
+    if name == "renyi_entropy":
+        if parameters == (1.0,):
+            return _statistics(_entropy, "p")
+        return _pair("exact", "renyi_entropy", *parameters, rows="p")
+    if name == "topk_overlap":
+        return _pair("top_k", "overlap", *parameters)
+    return _PLANS[name]
+
+
+_PLANS = {
+    "kl": _pair("one_pass", "kl"),
+    "reverse_kl": _pair("one_pass", "kl", rows="qp"),
+    "cross_entropy": _pair("one_pass", "cross_entropy"),
+    "tv": _pair("two_phase", "tv"),
+    "hellinger2": _pair("two_phase", "hellinger2"),
+    "jeffreys": _pair("two_phase", "jeffreys"),
+    "chi2": _power(2.0, scale=lambda alpha: 1.0),
+    "entropy": _statistics(_entropy, "p"),
+    "entropy_p": _statistics(_entropy, "p"),
+    "entropy_q": _statistics(_entropy, "q"),
+    "logsumexp": _statistics(lambda s: s[:, 0] + np.log1p(s[:, 1]), "p"),
+    "top_p": _statistics(lambda s: 1.0 / (1.0 + s[:, 1]) + 0.0 * s[:, 0], "p"),
+    "token_log_probs": _statistics(_token_log_prob, "p"),
+    "nll_p": _statistics(lambda s: 0.0 - _token_log_prob(s), "p"),
+    "nll_q": _statistics(lambda s: 0.0 - _token_log_prob(s), "q"),
+    "same_top": _statistics(_same_top, "p", "q"),
+    "delta_prob": _statistics(
+        lambda p, q: np.exp(_token_log_prob(q)) - np.exp(_token_log_prob(p)), "p", "q"
+    ),
+}
+
+
+# --- kernel runs -------------------------------------------------------------------------
+
+
+def _address(array: NDArray[Any] | None) -> int:
+    if array is None:
+        return 0
+    address: int = array.__array_interface__["data"][0]
+    return address
+
+
+def _place(rows: Rows) -> tuple[int, int, int]:
+    """How kernels find a row: address, bytes between rows, address of the offsets."""
+    return rows.address, rows.row_stride, _address(rows.offsets)
+
+
+def _is_fast(p: Rows, q: Rows | None = None) -> bool:
+    """Whether the float32 kernels can read these rows."""
+    size = _ITEMSIZE[p.dtype]
+    if size == 8 or p.stride != size or p.input == "probs" or p.temperature < 1e-30:
+        return False
+    return q is None or (_is_fast(q) and q.temperature == p.temperature)
+
+
+def _cut(n: int, width: int) -> tuple[int, int, int]:
+    """(rows a thread takes at a time, parts of a row, entries of a part), from the shape alone."""
+    if n < FEW_ROWS and width > PART:
+        return 1, -(-width // PART), PART
+    return max(1, AT_A_TIME // width), 1, width
+
+
+def _launch(
+    function: Callable[..., None], arguments: tuple[Any, ...], entries: int, workers: int
+) -> None:
+    """Run a kernel in this thread, and in others where there is enough to do."""
+    if workers == 1 or entries < 2 * WORTH_A_THREAD:
+        function(*arguments)
+    else:
+        helpers = min(workers, entries // WORTH_A_THREAD)
+        threads.run(functools.partial(function, *arguments), helpers)
+
+
+def _step(
+    step: Step,
+    p: Rows,
+    q: Rows | None,
+    rows: Numbers | None,
+    out: NDArray[Any] | Rows,
+    tokens: Numbers | None,
+    workers: int,
+) -> None:
+    """Run one kernel, and ``exact`` on the rows that it did not finish.
+
+    ``out`` is an array of values, or for log_softmax the rows to write.
+    """
+    if step.rows[0] == "q":
+        assert q is not None
+        p, q = q, p
+    if len(step.rows) == 1:
+        q = None
+    written = None if isinstance(out, np.ndarray) else out
+    if (
+        step.module in ("exact", "top_k")
+        or not _is_fast(p, q)
+        or (written is not None and (written.dtype != "float32" or written.stride != 4))
+    ):
+        _step_exact(step, p, q, rows, out, tokens, workers)
+        return
+    n = p.count if rows is None else len(rows)
+    chunk, parts, part_width = _cut(n, p.width) if written is None else (1, 1, p.width)
+    # Work space: the task counter, the rows left to ``exact`` (their number first), and where
+    # rows are cut, a count of the finished parts of each row and the states of all parts.
+    space = np.zeros(n + 2 if parts == 1 else 2 * n + 2 + 8 * n * parts, np.int64)
+    counter = _address(space)
+    redo = counter + 8
+    done = redo + 8 * (n + 1)
+    states = done + 8 * n
+    share = (p.width, _address(rows), n, counter, chunk, parts, part_width)
+    inverse = 1.0 / p.temperature
+    if q is None:
+        function = _kernel(step.module, step.operation, p.dtype)
+        if written is None:
+            assert isinstance(out, np.ndarray)
+            results: tuple[Any, ...] = (_address(out), 0, 0, 0)
+        else:
+            results = (0, *_place(written))
+        runs = [(*_place(p), *share, states, done, redo, _address(tokens), *results, inverse)]
+    else:
+        function = _kernel(step.module, step.operation, p.dtype, q.dtype)
+        assert isinstance(out, np.ndarray)
+        lead = (*_place(p), *_place(q), *share)
+        results = (states, done, redo, _address(out), inverse)
+        if step.module == "one_pass":
+            runs = [(*lead, *results, step.parameter, step.limit)]
+        else:
+            runs = [(*lead, phase, *results) for phase in ((0,) if parts == 1 else (1, 2))]
+    for arguments in runs:
+        space[0] = 0
+        _launch(function, arguments, n * p.width * len(step.rows), workers)
+    unfinished = int(space[1])
+    if unfinished:
+        again = np.sort(space[2 : 2 + unfinished])
+        _step_exact(step, p, q, again, out, tokens, workers)
+
+
+def _step_exact(
+    step: Step,
+    p: Rows,
+    q: Rows | None,
+    rows: Numbers | None,
+    out: NDArray[Any] | Rows,
+    tokens: Numbers | None,
+    workers: int,
+) -> None:
+    """Run a step in float64, whatever the input; or the top_k kernel, which reads alike."""
+    module = "top_k" if step.module == "top_k" else "exact"
+    function = _kernel(module, step.operation)
+    # The JS kernel of float32 has its weight built in.
+    parameter = 0.5 if step == _JS_STEP else step.parameter
+    if isinstance(out, np.ndarray):
+        other, result = (p if q is None else q), _address(out)
+    else:  # log_softmax writes where a pair has its second row
+        other, result = out, 0
+    n = p.count if rows is None else len(rows)
+    space = np.zeros(1, np.int64)
+    common = (
+        *_place(p), p.stride, _DTYPE_CODE[p.dtype],
+        *_place(other), other.stride, _DTYPE_CODE[other.dtype],
+        p.width, _address(rows), n, _address(space),
+    )  # fmt: skip
+    probabilities = int(p.input == "probs")
+    if module == "top_k":
+        lists = np.empty(4 * int(parameter) * n, np.int64)
+        arguments: tuple[Any, ...] = (
+            *common, _address(lists), probabilities, result, int(parameter),
+        )  # fmt: skip
+    else:
+        inverses = (1.0 / p.temperature, 1.0 / other.temperature)
+        tail = (1, probabilities, _address(tokens), result, *inverses, parameter)
+        arguments = (*common, *tail)
+    _launch(function, arguments, n * p.width * 4, workers)
+
+
+@functools.cache
+def _kernel(module: str, *arguments: str) -> Callable[..., None]:
+    return kernel(module, arguments, _SIGNATURE[module])
+
+
+def _empty(step: Step, count: int) -> Values:
+    return np.empty((count, STATISTICS) if step.operation == "statistics" else count)
+
+
+# --- what dispatch calls -----------------------------------------------------------------
+
+
+def run(
+    name: str,
+    p: Rows,
+    q: Rows | None,
+    parameters: tuple[float, ...],
+    rows: Numbers | None,
+    out: Values,
+    tokens: Numbers | None = None,
+) -> None:
+    """Write one value a row, in float64 and nats, for the row numbers in ``rows`` (None: all)."""
+    plan = _plan(name, parameters)
+    workers = get_num_threads()
+    if plan.finish is _same:
+        _step(plan.steps[0], p, q, rows, out, tokens, workers)
+        return
+    values = []
+    for step in plan.steps:
+        space = _empty(step, p.count)
+        _step(step, p, q, rows, space, tokens, workers)
+        values.append(space if rows is None else space[rows])
+    out[slice(None) if rows is None else rows] = plan.finish(*values)
+
+
+def compare(
+    metrics: Sequence[tuple[str, tuple[float, ...]]],
+    p: Rows,
+    q: Rows,
+    rows: Numbers | None,
+    tokens: Numbers | None,
+) -> list[Values]:
+    """Values of many operations.  Each thread takes a few rows at a time and runs every step on
+    them while they are in its cache, so that main memory is read once.  Values of rows that are
+    not in ``rows`` are undefined."""
+    plans = [_plan(name, parameters) for name, parameters in metrics]
+    steps = list(dict.fromkeys(step for plan in plans for step in plan.steps))
+    spaces = {step: _empty(step, p.count) for step in steps}
+    numbers = np.arange(p.count) if rows is None else rows
+    row_bytes = p.width * (_ITEMSIZE[p.dtype] + _ITEMSIZE[q.dtype])
+    at_a_time = max(1, CACHE_BLOCK // row_bytes)
+    workers = get_num_threads()
+    if len(numbers) < FEW_ROWS and p.width > PART:
+        # Too few to give every thread rows of its own: all threads work on each row.
+        for step in steps:
+            _step(step, p, q, rows, spaces[step], tokens, workers)
+    else:
+        starts = iter(range(0, len(numbers), at_a_time))
+
+        def work() -> None:
+            for start in starts:
+                block = numbers[start : start + at_a_time]
+                for step in steps:
+                    _step(step, p, q, block, spaces[step], tokens, 1)
+
+        blocks = -(-len(numbers) // at_a_time)
+        threads.run(work, min(workers, blocks))
+    keep = slice(None) if rows is None else rows
+    results = []
+    for plan in plans:
+        out = np.empty(p.count)
+        out[keep] = plan.finish(*(spaces[step][keep] for step in plan.steps))
+        results.append(out)
+    return results
+
+
+def log_softmax(x: Rows, rows: Numbers | None, out: Rows) -> None:
+    """Write x - logsumexp(x) of every entry, in the dtype of ``out``."""
+    _step(Step("single_pass", "log_softmax", "p"), x, None, rows, out, None, get_num_threads())
+
+
+def explain(name: str, p: Rows, q: Rows | None) -> dict[str, object]:
+    """What ``run`` would do with these arrays."""
+    if name == "log_softmax":
+        steps: tuple[Step, ...] = (Step("single_pass", "log_softmax", "p"),)
+    else:
+        operation = name.partition(":")
+        parameters = (float(operation[2]),) if operation[2] else _EXAMPLE.get(name, ())
+        steps = _plan(operation[0], parameters).steps
+    entries = p.count * p.width * (1 if q is None else 2)
+    workers = get_num_threads()
+    if entries < 2 * WORTH_A_THREAD:
+        workers = 1
+    _, parts, _ = _cut(p.count, p.width)
+    described = []
+    for step in steps:
+        pair = len(step.rows) == 2
+        fast = step.module not in ("exact", "top_k") and _is_fast(p, q if pair else None)
+        module = step.module if fast or step.module == "top_k" else "exact"
+        described.append(
+            {
+                "kernel": f"{module}.{step.operation}",
+                "arithmetic": "float32 vectors, float64 sums" if fast else "float64",
+                "passes": _PASSES[module],
+                "parts_of_a_row": parts if fast else 1,
+            }
+        )
+    return {"steps": described, "threads": min(workers, max(1, entries // WORTH_A_THREAD))}
+
+
+#: A parameter to explain or compile an operation with, where none is given: kernels take it at
+#: run time.
+_EXAMPLE = {
+    "js": (0.5,), "renyi": (2.0,), "alpha": (1.5,), "tsallis": (1.5,),
+    "renyi_entropy": (2.0,), "topk_overlap": (1.0,),
+}  # fmt: skip
+#: Times that a row is read: from main memory once, then from cache.
+_PASSES = {"one_pass": 1, "single_pass": 1, "two_phase": 2, "exact": 3, "top_k": 1}
+
+
+def read_bytes(array: NDArray[Any]) -> None:
+    """Read a contiguous array once with all threads, as fast as memory allows."""
+    function = kernel("read", (), _SIGNATURE["read"])
+    space = np.zeros(2, np.int64)
+    _launch(
+        function,
+        (_address(array), array.nbytes, _address(space), _address(space) + 8, 0),
+        array.nbytes // 4,
+        get_num_threads(),
+    )
+
+
+def available() -> str | None:
+    """Why this backend cannot be used, or None."""
+    return None
+
+
+def warmup(names: Sequence[str], dtypes: Sequence[str]) -> None:
+    """Compile, or load from the cache, the kernels of these operations."""
+    for name in names:
+        for step in _plan(name, _EXAMPLE.get(name, ())).steps:
+            module = "top_k" if step.module == "top_k" else "exact"
+            _kernel(module, step.operation)
+            if step.module in ("exact", "top_k"):
+                continue
+            for types in itertools.product(dtypes, repeat=len(step.rows)):
+                if "float64" not in types:
+                    _kernel(step.module, step.operation, *types)
+
+
+def info() -> dict[str, object]:
+    """Threads, vector width and where compiled kernels are kept."""
+    directory = native.cache_directory()
+    return {
+        "threads": get_num_threads(),
+        "processor": native.processor(),
+        "vector_bits": native.vector_bits(),
+        "cache": "none: no folder can be written to" if directory is None else str(directory),
+    }

@@ -1,0 +1,578 @@
+"""Every operation in float64, for any input whatever: the path without preconditions.
+
+It serves float64 logits, probabilities, unequal temperatures, strided rows, and the rows
+that the float32 kernels hand over (one-sided -inf, log-ratios out of range, cancellation).
+Every row is read tile by tile into small float64 buffers, three times or more:
+
+1. the maxima, and which supports differ;
+2. the normalizers, and the difference of their logarithms from terms that vanish where the
+   rows agree (see two_phase), with the constant c moved once or twice until it fits;
+3. the sum of non-negative terms (an *integrand*: it takes p, q and t = log(q/p)).
+
+All steps are symmetric in the two rows or change sign only, so that symmetric divergences
+give the same bits when the arguments are swapped.
+"""
+
+from __future__ import annotations
+
+import math
+
+from .mathematics import (
+    exp_64,
+    expm1_64,
+    inline,
+    jensen_64,
+    log1p_64,
+    log_64,
+    outline,
+    phi_64,
+)
+from .rowloop import STATISTICS, row_address, task_row
+from .simd import (
+    ITEMSIZE,
+    LANES64,
+    copysign,
+    f64v,
+    fetch_add,
+    first_lane,
+    fma,
+    hany,
+    hmax,
+    hsum,
+    lane_is,
+    lanes_below,
+    loader,
+    narrow_store,
+    peek_f64,
+    peek_i64,
+    poke_f64,
+    scratch,
+    splat64,
+    store,
+    tail_loader,
+    unordered,
+    vabs,
+    vmax,
+    vmin,
+    where,
+)
+
+#: Entries staged at a time, 8 KiB of each array.
+TILE = 1024
+BUFFER = 8 * TILE
+
+#: How the kernel is told the type of an array.
+DTYPE_CODE = {"float16": 0, "bfloat16": 1, "float32": 2, "float64": 3}
+
+
+
+_LARGEST = 1.7976931348623157e308
+
+_load = {name: loader(name, f64v) for name in DTYPE_CODE}
+_load_tail = {name: tail_loader(name, f64v) for name in DTYPE_CODE}
+
+
+def _stager(dtype):
+    """A function that copies entries of ``dtype`` into a float64 buffer, padded with -inf."""
+    load, load_tail, size = _load[dtype], _load_tail[dtype], ITEMSIZE[dtype]
+
+    @outline
+    def stage(buffer, at, step, n):
+        j = 0
+        if step == size:
+            while j + LANES64 <= n:
+                store(buffer + 8 * j, load(at + j * size))
+                j += LANES64
+            if j < n:
+                store(buffer + 8 * j, load_tail(at + j * size, n - j))
+        else:
+            while j < n:
+                store(buffer + 8 * j, load_tail(at + j * step, 1))
+                j += 1
+
+    return stage
+
+
+_stage_f16, _stage_bf16, _stage_f32, _stage_f64 = (_stager(name) for name in DTYPE_CODE)
+
+_poke_f16, _poke_bf16, _poke_f32, _poke_f64 = (narrow_store(name) for name in DTYPE_CODE)
+
+_get = loader("float64", f64v)
+buffer_x, buffer_y, buffer_t = scratch(BUFFER), scratch(BUFFER), scratch(BUFFER)
+
+
+@outline
+def stage(buffer, at, step, dtype, probabilities, n):
+    """Read n entries as logits; probabilities become their logarithms."""
+    if dtype == 0:
+        _stage_f16(buffer, at, step, n)
+    elif dtype == 1:
+        _stage_bf16(buffer, at, step, n)
+    elif dtype == 2:
+        _stage_f32(buffer, at, step, n)
+    else:
+        _stage_f64(buffer, at, step, n)
+    if probabilities != 0:
+        for j in range(0, n, LANES64):
+            # -inf is the padding; a probability of -inf is as wrong as any below 0.
+            w = _get(buffer + 8 * j)
+            logarithm = where(w == math.inf, w, log_64(w))
+            store(buffer + 8 * j, where(lanes_below(w, n - j), logarithm, -math.inf))
+
+
+# --- integrands: p, q, t = log(q/p), the logarithms of p and q, and one parameter -----------
+
+
+@inline
+def kl(p, q, t, log_p, log_q, parameter):
+    """p (exp(t) - 1 - t); where q is much larger than p, as q - p - p t."""
+    return where(t > 1.0, fma(p, -t, q - p), p * phi_64(vmin(t, 1.0)))
+
+
+@inline
+def cross_entropy(p, q, t, log_p, log_q, parameter):
+    return p * -vmax(log_q, -_LARGEST)
+
+
+@inline
+def total_variation(p, q, t, log_p, log_q, parameter):
+    return vmax(p, q) * expm1_64(-vabs(t)) * -0.5
+
+
+@inline
+def hellinger2(p, q, t, log_p, log_q, parameter):
+    r = expm1_64(vabs(t) * -0.5)
+    return vmax(p, q) * r * r * 0.5
+
+
+@inline
+def jeffreys(p, q, t, log_p, log_q, parameter):
+    tau = vabs(t)
+    return vmax(p, q) * -expm1_64(-tau) * tau
+
+
+@inline
+def js(p, q, t, log_p, log_q, weight):
+    """m [w f(u) + (1-w) f(v)] with f = jensen_64, u = (p-m)/m, v = (q-m)/m."""
+    other = 1.0 - weight
+    difference = -copysign(vmax(p, q) * expm1_64(-vabs(t)), t)  # p - q
+    m = weight * p + other * q
+    ratio = where(m > 0.0, difference / m, 0.0)
+    u = vmax(-1.0, other * ratio)
+    v = vmax(-1.0, -weight * ratio)
+    return m * (weight * jensen_64(u) + other * jensen_64(v))
+
+
+@inline
+def renyi(p, q, t, log_p, log_q, beta):
+    """p [phi(beta d) + beta phi(-d)] with d = -t; far apart, p expm1(beta d) + beta (q - p)."""
+    v = -beta * t
+    near = (vabs(t) < 1.0) & (vabs(v) < 1.0)
+    t = vmin(vmax(t, -1.0), 1.0)
+    w = vmin(vmax(v, -1.0), 1.0)
+    close = p * (phi_64(w) + beta * phi_64(t))
+    apart = p * expm1_64(vmin(v, 700.0)) + beta * (q - p)
+    return where(near, close, apart)
+
+
+@inline
+def renyi_exponent(p, q, t, log_p, log_q, beta):
+    """alpha log p + (1 - alpha) log q."""
+    r = (1.0 + beta) * log_p - beta * log_q
+    return where(log_p == -math.inf, -math.inf, r)
+
+
+@inline
+def log_ratio(p, q, t, log_p, log_q, parameter):
+    """log(p/q) on the support of P."""
+    return where(log_p == -math.inf, -math.inf, -t)
+
+
+@inline
+def mass_inside(p, q, t, log_p, log_q, parameter):
+    """q where p > 0."""
+    return where(log_p == -math.inf, 0.0, q)
+
+
+@inline
+def mass_outside(p, q, t, log_p, log_q, parameter):
+    """q where p = 0."""
+    return where(log_p == -math.inf, q, 0.0)
+
+
+SUMS = {
+    "kl": kl,
+    "cross_entropy": cross_entropy,
+    "tv": total_variation,
+    "hellinger2": hellinger2,
+    "jeffreys": jeffreys,
+    "js": js,
+    "renyi": renyi,
+    "renyi_0": mass_inside,
+    "renyi_inf": log_ratio,
+}
+#: +inf where P has support that Q has not, or (both) either way round.
+INFINITE_WITHOUT_Q = {"kl", "cross_entropy", "jeffreys", "renyi_inf"}
+INFINITE_WITHOUT_P = {"jeffreys"}
+
+
+def build(operation):
+    if operation in ("statistics", "log_softmax", "renyi_entropy"):
+        return _build_single(operation)
+    return _build_pair(operation)
+
+
+@outline
+def write(address, dtype, value):
+    if dtype == 0:
+        _poke_f16(address, value)
+    elif dtype == 1:
+        _poke_bf16(address, value)
+    elif dtype == 2:
+        _poke_f32(address, value)
+    else:
+        _poke_f64(address, value)
+
+
+@inline
+def tile_top(buffer, n, largest):
+    """(larger of ``largest`` and the tile's maximum, its first index or -1, any NaN or inf)."""
+    m = splat64(-math.inf)
+    bad = lane_is(m, -1)
+    for j in range(0, n, LANES64):
+        w = _get(buffer + 8 * j)
+        m = vmax(w, m)
+        bad = bad | unordered(w, w) | (w == math.inf)
+    value = hmax(m)
+    if not value > largest:
+        return largest, -1, hany(bad)
+    j = 0
+    while True:
+        lane = first_lane(_get(buffer + 8 * j) == value)
+        if lane < LANES64:
+            return value, j + lane, hany(bad)
+        j += LANES64
+
+
+def _build_single(operation):
+    statistics = operation == "statistics"
+    writes = operation == "log_softmax"
+
+    def kernel(
+        p, p_stride, p_offsets, p_step, p_dtype, q, q_stride, q_offsets, q_step, q_dtype,
+        width, rows, n_rows, counter, chunk, probabilities, tokens, out, ip, iq, alpha,
+    ):  # fmt: skip
+        buffer = buffer_x()
+        size = p_step
+        while True:
+            begin = fetch_add(counter, chunk)
+            if begin >= n_rows:
+                return
+            for number in range(begin, min(begin + chunk, n_rows)):
+                row = task_row(rows, number)
+                x = row_address(p, p_stride, p_offsets, row)
+                top = -math.inf
+                index = -1
+                bad = False
+                for start in range(0, width, TILE):
+                    n = min(TILE, width - start)
+                    stage(buffer, x + start * size, size, p_dtype, probabilities, n)
+                    top, at, wrong = tile_top(buffer, n, top)
+                    if at >= 0:
+                        index = start + at
+                    bad = bad or wrong
+                S = 0.0
+                U = 0.0
+                R = 0.0
+                T = 0.0
+                finite = top > -math.inf and not bad
+                if finite:
+                    for start in range(0, width, TILE):
+                        n = min(TILE, width - start)
+                        stage(buffer, x + start * size, size, p_dtype, probabilities, n)
+                        s = splat64(0.0)
+                        u = s
+                        r = s
+                        for j in range(0, n, LANES64):
+                            w = (_get(buffer + 8 * j) - top) * ip
+                            w = where(lane_is(w, index - start - j), -math.inf, w)
+                            e = exp_64(w)
+                            w = vmax(w, -_LARGEST)
+                            s = s + e
+                            if statistics:
+                                u = fma(e, -w, u)
+                            elif not writes:
+                                r = r + where(w == -_LARGEST, 0.0, exp_64(alpha * w))
+                        S += hsum(s)
+                        U += hsum(u)
+                        R += hsum(r)
+                if writes:  # q is what is written
+                    log_s = math.log1p(S)
+                    y = row_address(q, q_stride, q_offsets, row)
+                    for start in range(0, width, TILE):
+                        n = min(TILE, width - start)
+                        stage(buffer, x + start * size, size, p_dtype, probabilities, n)
+                        for j in range(n):
+                            value = (peek_f64(buffer + 8 * j) - top) * ip - log_s
+                            write(y + (start + j) * q_step, q_dtype, value if finite else math.nan)
+                    continue
+                if statistics:
+                    at = out + row * (8 * STATISTICS)
+                    poke_f64(at, top * ip if finite else math.nan)
+                    poke_f64(at + 8, S)
+                    poke_f64(at + 16, U)
+                    poke_f64(at + 24, index)
+                    if tokens != 0:
+                        token = peek_i64(tokens + 8 * row)
+                        stage(buffer, x + token * size, size, p_dtype, probabilities, 1)
+                        poke_f64(at + 32, (peek_f64(buffer) - top) * ip)
+                    continue
+                # log sum p**alpha = log(1 + R) - alpha log(1 + S), over 1 - alpha; near
+                # alpha = 1 from sum p expm1((alpha - 1) log p), whose terms have one sign.
+                log_s = math.log1p(S)
+                beta = alpha - 1.0
+                value = math.nan
+                if finite and alpha == math.inf:
+                    value = log_s
+                elif finite and abs(beta) > 0.5:
+                    value = (alpha * log_s - math.log1p(R)) / beta
+                elif finite:
+                    for start in range(0, width, TILE):
+                        n = min(TILE, width - start)
+                        stage(buffer, x + start * size, size, p_dtype, probabilities, n)
+                        t = splat64(0.0)
+                        for j in range(0, n, LANES64):
+                            log_p = (_get(buffer + 8 * j) - top) * ip - log_s
+                            p_ = exp_64(log_p)
+                            v = vmax(log_p, -1e9)
+                            if beta == 0.0:
+                                t = fma(p_, -v, t)
+                            else:
+                                t = fma(p_, expm1_64(vmin(beta * v, 700.0)), t)
+                        T += hsum(t)
+                    value = T if beta == 0.0 else -math.log1p(T) / beta
+                poke_f64(out + 8 * row, value if value != 0.0 else 0.0)
+
+    return kernel
+
+
+def _build_pair(operation):
+    integrand = SUMS[operation]
+    without_q = operation in INFINITE_WITHOUT_Q
+    without_p = operation in INFINITE_WITHOUT_P
+    order = operation == "renyi"
+    largest_only = operation == "renyi_inf"
+    support = operation == "renyi_0"
+
+    @outline
+    def stage_pair(x, y, t, xp, yq, p_step, p_dtype, q_step, q_dtype, probabilities, ip, iq, c, n):
+        """Fill the buffers x, y (scaled logits) and t = (y - x) + c, rounded about once."""
+        stage(x, xp, p_step, p_dtype, 0, n)
+        stage(y, yq, q_step, q_dtype, 0, n)
+        if probabilities != 0:
+            # Close probabilities: the ratio's logarithm directly.
+            for j in range(0, n, LANES64):
+                p = _get(x + 8 * j)
+                q = _get(y + 8 * j)
+                ratio = (q - p) / p
+                store(t + 8 * j, where(vabs(ratio) < 0.5, log1p_64(ratio), math.nan))
+            stage(x, xp, p_step, p_dtype, 1, n)
+            stage(y, yq, q_step, q_dtype, 1, n)
+        for j in range(0, n, LANES64):
+            p = _get(x + 8 * j)
+            q = _get(y + 8 * j)
+            if ip == iq:
+                d = q - p
+                back = d - q
+                lost = (q - (d - back)) - (p + back)  # what the subtraction rounded off
+                d = fma(d, ip, c)
+                lost = lost * ip
+            else:
+                scaled = p * ip
+                d = fma(q, iq, -scaled) + c
+                lost = -fma(p, ip, -scaled)
+            d = d + where(unordered(lost, lost), 0.0, lost)
+            if probabilities != 0 and ip == iq:
+                near = _get(t + 8 * j)
+                d = where(unordered(near, near), d, fma(near, ip, c))
+            store(t + 8 * j, d)
+            store(x + 8 * j, p * ip)
+            store(y + 8 * j, q * iq)
+
+    @inline
+    def terms(x, y, t, j, off, mx, my, log_x, log_y):
+        """p, q, log(q/p), log p, log q of one vector; all 0 or finite outside the supports."""
+        log_p = (_get(x + 8 * j) - mx) - log_x
+        log_q = (_get(y + 8 * j) - my) - log_y
+        d = _get(t + 8 * j) + off
+        d = where(unordered(d, d), 0.0, vmin(vmax(d, -_LARGEST), _LARGEST))
+        return exp_64(log_p), exp_64(log_q), d, log_p, log_q
+
+    def kernel(
+        p, p_stride, p_offsets, p_step, p_dtype, q, q_stride, q_offsets, q_step, q_dtype,
+        width, rows, n_rows, counter, chunk, probabilities, tokens, out, ip, iq, parameter,
+    ):  # fmt: skip
+        x = buffer_x()
+        y = buffer_y()
+        t = buffer_t()
+        while True:
+            begin = fetch_add(counter, chunk)
+            if begin >= n_rows:
+                return
+            for number in range(begin, min(begin + chunk, n_rows)):
+                row = task_row(rows, number)
+                xp = row_address(p, p_stride, p_offsets, row)
+                yq = row_address(q, q_stride, q_offsets, row)
+
+                # 1. Maxima and supports.
+                mx = -math.inf
+                my = -math.inf
+                top_x = -1
+                top_y = -1
+                bad = False
+                no_q = False
+                no_p = False
+                for start in range(0, width, TILE):
+                    n = min(TILE, width - start)
+                    stage_pair(
+                        x, y, t, xp + start * p_step, yq + start * q_step,
+                        p_step, p_dtype, q_step, q_dtype, probabilities, ip, iq, 0.0, n,
+                    )  # fmt: skip
+                    mx, at, wrong = tile_top(x, n, mx)
+                    if at >= 0:
+                        top_x = start + at
+                    bad = bad or wrong
+                    my, at, wrong = tile_top(y, n, my)
+                    if at >= 0:
+                        top_y = start + at
+                    bad = bad or wrong
+                    only_p = lane_is(splat64(0.0), -1)
+                    only_q = only_p
+                    for j in range(0, n, LANES64):
+                        zero_p = _get(x + 8 * j) == -math.inf
+                        zero_q = _get(y + 8 * j) == -math.inf
+                        only_p = only_p | (zero_q & ~zero_p)
+                        only_q = only_q | (zero_p & ~zero_q)
+                    no_q = no_q or hany(only_p)
+                    no_p = no_p or hany(only_q)
+                if bad or mx == -math.inf or my == -math.inf:
+                    poke_f64(out + 8 * row, math.nan)
+                    continue
+                if (
+                    (without_q and no_q)
+                    or (without_p and no_p)
+                    or (order and no_q and parameter >= 0.0)
+                ):
+                    poke_f64(out + 8 * row, math.inf)
+                    continue
+                if support and not no_p:
+                    poke_f64(out + 8 * row, 0.0)
+                    continue
+
+                # 2. Normalizers.  t is taken with c = mx - my, and ``off`` added to it, such
+                # that c + off tends to logsumexp(x) - logsumexp(y).
+                c = mx - my
+                if not abs(c) <= _LARGEST:
+                    c = 0.0
+                off = 0.0
+                Sx = 0.0
+                Sy = 0.0
+                for attempt in range(4):
+                    Sx = 0.0
+                    Sy = 0.0
+                    D = 0.0
+                    H = 0.0
+                    fx = math.exp(-0.5 * off)
+                    fy = math.exp(0.5 * off)
+                    for start in range(0, width, TILE):
+                        n = min(TILE, width - start)
+                        stage_pair(
+                            x, y, t, xp + start * p_step, yq + start * q_step,
+                            p_step, p_dtype, q_step, q_dtype, probabilities, ip, iq, c, n,
+                        )  # fmt: skip
+                        sx = splat64(0.0)
+                        sy = sx
+                        difference = sx
+                        size = sx
+                        for j in range(0, n, LANES64):
+                            ex = exp_64(_get(x + 8 * j) - mx)
+                            ey = exp_64(_get(y + 8 * j) - my)
+                            d = _get(t + 8 * j) + off
+                            tau = vmin(vabs(d), 700.0)  # NaN from -inf - -inf: ex = ey = 0
+                            change = vmax(ex * fx, ey * fy) * -expm1_64(-tau)
+                            difference = difference + copysign(change, d)
+                            size = size + change
+                            sx = sx + where(lane_is(ex, top_x - start - j), 0.0, ex)
+                            sy = sy + where(lane_is(ey, top_y - start - j), 0.0, ey)
+                        Sx += hsum(sx)
+                        Sy += hsum(sy)
+                        D += hsum(difference)
+                        H += hsum(size)
+                    total = fx * (1.0 + Sx) + fy * (1.0 + Sy)
+                    if abs(D) < 0.5 * total:
+                        off -= 2.0 * math.atanh(D / total)
+                    else:
+                        off = math.log1p(Sx) - math.log1p(Sy)
+                    if abs(D) <= 0.25 * H or not abs(off) < 600.0:
+                        break
+                log_x = math.log1p(Sx)
+                log_y = math.log1p(Sy)
+
+                # 3. The sum.
+                value = 0.0
+                outside = 0.0
+                peak = -math.inf
+                for start in range(0, width, TILE):
+                    n = min(TILE, width - start)
+                    stage_pair(
+                        x, y, t, xp + start * p_step, yq + start * q_step,
+                        p_step, p_dtype, q_step, q_dtype, probabilities, ip, iq, c, n,
+                    )  # fmt: skip
+                    s = splat64(0.0)
+                    o = s
+                    m = splat64(-math.inf)
+                    for j in range(0, n, LANES64):
+                        p_, q_, d, log_p, log_q = terms(x, y, t, j, off, mx, my, log_x, log_y)
+                        term = integrand(p_, q_, d, log_p, log_q, parameter)
+                        if largest_only:
+                            m = vmax(term, m)
+                        else:
+                            s = s + term
+                        if order:
+                            m = vmax(renyi_exponent(p_, q_, d, log_p, log_q, parameter), m)
+                        if support:
+                            o = o + mass_outside(p_, q_, d, log_p, log_q, parameter)
+                    value += hsum(s)
+                    outside += hsum(o)
+                    peak = max(peak, hmax(m))
+
+                if largest_only:
+                    value = peak
+                if support:
+                    value = -math.log1p(-outside) if outside < 0.5 else -math.log(value)
+                if order:
+                    # log S = log sum exp(alpha log p + (1 - alpha) log q).
+                    log_s = -math.inf
+                    if peak > -math.inf:
+                        total = 0.0
+                        for start in range(0, width, TILE):
+                            n = min(TILE, width - start)
+                            stage_pair(
+                                x, y, t, xp + start * p_step, yq + start * q_step,
+                                p_step, p_dtype, q_step, q_dtype, probabilities, ip, iq, c, n,
+                            )  # fmt: skip
+                            s = splat64(0.0)
+                            for j in range(0, n, LANES64):
+                                p_, q_, d, log_p, log_q = terms(
+                                    x, y, t, j, off, mx, my, log_x, log_y
+                                )
+                                r = renyi_exponent(p_, q_, d, log_p, log_q, parameter)
+                                s = s + exp_64(r - peak)
+                            total += hsum(s)
+                        log_s = peak + math.log(total)
+                    if abs(log_s) < 1.0:
+                        log_s = math.log1p(value)
+                    value = log_s / parameter
+                poke_f64(out + 8 * row, 0.0 if value <= 0.0 else value)
+
+    return kernel

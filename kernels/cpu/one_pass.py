@@ -1,0 +1,330 @@
+"""KL divergence, Rényi divergence and cross-entropy in one read of the two rows.
+
+State of a row.  Let m be the largest x seen, k its first index (the *top*), c a constant,
+t = (y - x) + c and e = exp(x - m).  With phi(t) = exp(t) - 1 - t >= 0, the state holds
+
+    S = sum e,  D = sum e t,  B = sum e phi(t)
+
+over all indices seen but the top, and a fourth sum G that depends on the operation:
+e phi(-beta t) for Rényi, e (m - x) for the cross-entropy.  To these come the top's own t
+and the constants m and c.  The top is
+kept apart so that nothing is lost when one symbol has nearly all the mass: everything else
+is then small and summed among its equals.  E adds up the values of B under the constants c
+that they were computed with: what rounding errors are proportional to.
+
+Result.  With the top put in, A = (B + D)/S = E_p[expm1(t)], and the normalizers differ by
+logsumexp(x) - logsumexp(y) = c - log1p(A), so that
+
+    KL = E_p[exp(-d) - 1 + d] = B/S - (A - log1p(A)),
+
+two terms that are each >= 0; the second is of second order in the distance of c from the
+mean of x - y, which is kept small by moving c when it drifts.  For the Rényi divergence of
+order alpha = 1 + beta, with C = E_p[expm1(-beta t)] = G/S - beta D/S,
+
+    log sum p^alpha q^(1-alpha) = beta log1p(A) + log1p(C)
+                                = beta B/S + G/S - beta (A - log1p(A)) - (C - log1p(C)),
+
+where again nothing cancels for alpha >= 1/2 (smaller orders swap the arguments), and
+which divided by beta goes over into KL as beta goes to 0.  The cross-entropy is the entropy
+of P, log(1 + S) + G/(1 + S), plus KL: both are >= 0.
+
+Moving c by h (t becomes t + h) and m by a factor f is exact in these sums:
+D + h S;  exp(h) B + expm1(h) D + phi(h) S;  for Rényi's G the same with -beta h, -beta D.
+
+Rows that this form cannot finish exactly (NaN, an index in one support only, a log-ratio
+beyond ``limit``, or more cancellation than float32 sums allow) are listed for the float64
+kernel, which knows no exceptions.  Rows where the same entries are -inf in both stay here.
+"""
+
+from __future__ import annotations
+
+import math
+
+from .mathematics import LN_2, LOG2_E, excess, exp2_32, inline, phi, phi_32
+from .rowloop import (
+    TILE,
+    UNDERFLOW,
+    ahead,
+    comparison,
+    entry,
+    f32,
+    f64,
+    passes,
+    row_address,
+    task_row,
+)
+from .simd import (
+    ITEMSIZE,
+    LANES32,
+    f32v,
+    fetch_add,
+    fma,
+    hany,
+    hmax,
+    hsum,
+    lane_is,
+    loader,
+    peek_f64,
+    poke_f64,
+    poke_i64,
+    splat32,
+    tail_loader,
+    unordered,
+    vmax,
+    vmin,
+    where,
+)
+
+#: Numbers in the state of a row, as it is written for another thread to merge.
+STATE = 8
+
+#: A sum may be this much larger than the result that its rounding errors go into.
+CANCELLATION = 5.0
+
+
+def build(operation, dtype_p, dtype_q):
+    renyi = operation == "renyi"
+    cross = operation == "cross_entropy"
+    load_p, load_q = loader(dtype_p, f32v), loader(dtype_q, f32v)
+    tail_p, tail_q = tail_loader(dtype_p, f32v), tail_loader(dtype_q, f32v)
+    entry_p, entry_q = entry(dtype_p), entry(dtype_q)
+    ahead_p, ahead_q = ahead(dtype_p), ahead(dtype_q)
+    max_p, find_p = passes(dtype_p)
+    max_q, _ = passes(dtype_q)
+    size_p, size_q = ITEMSIZE[dtype_p], ITEMSIZE[dtype_q]
+    differ = comparison(dtype_p, dtype_q)
+
+    @inline
+    def moved(state, h, beta):
+        """The same row seen with c + h."""
+        m, S, top, c, D, B, G, E = state
+        if renyi:
+            G = math.exp(-beta * h) * G - math.expm1(-beta * h) * beta * D + phi(-beta * h) * S
+        B = math.exp(h) * B + math.expm1(h) * D + phi(h) * S
+        return m, S, top + h, c + h, D + h * S, B, G, E
+
+    @inline
+    def under(state, m, beta):
+        """The sums (S, D, B, G, E) of a state, its top among them, relative to a larger m."""
+        own, S, top, c, D, B, G, E = state
+        f = math.exp(own - m)
+        b = phi(top)
+        if renyi:
+            G += phi(-beta * top)
+        if cross:
+            G += (m - own) * (S + 1.0)
+        return f * (S + 1.0), f * (D + top), f * (B + b), f * G, f * (E + b)
+
+    @inline
+    def merge(a, b, beta):
+        """The state of two parts together."""
+        if b[0] > a[0]:
+            a, b = b, a
+        b = moved(b, a[3] - b[3], beta)
+        m, S, top, c, D, B, G, E = a
+        s, d, bb, g, ee = under(b, m, beta)
+        return m, S + s, top, c, D + d, B + bb, G + g, E + ee
+
+    @inline
+    def step(p, q, a, ref, c, beta, limit, S, D, B, G, high, low, bad):
+        """Add one vector of entries to the sums; -inf in both rows adds nothing."""
+        z = fma(p, a, ref)
+        e = exp2_32(z)
+        t = fma(q - p, a, c)
+        bad = bad | unordered(p, q)
+        high = vmax(t, high)
+        t = vmin(t, limit)  # a NaN from -inf - -inf becomes a number; its e is 0
+        D = fma(e, t, D)
+        B = fma(e, phi_32(t), B)
+        if renyi:
+            low = vmin(t, low)
+            G = fma(e, phi_32(vmin(t * -beta, 126.0)), G)
+        if cross:
+            G = fma(e, vmax(-200.0, z), G)
+        return S + e, D, B, G, high, low, bad
+
+    @inline
+    def sums(x, y, start, stop, hole, a, ref, c, beta, limit):
+        """(S, D, B, G, largest t, largest -t, any NaN) of [start, stop) without ``hole``."""
+        S = splat32(0.0)
+        D = S
+        B = S
+        G = S
+        high = S
+        low = S
+        bad = lane_is(S, -1)
+        full = start + (stop - start) // LANES32 * LANES32
+        j = start
+        while j < stop:
+            last = full
+            if j <= hole < full:
+                last = start + (hole - start) // LANES32 * LANES32
+            while j < last:
+                ahead_p(x, j)
+                ahead_q(y, j)
+                p = load_p(x + j * size_p)
+                q = load_q(y + j * size_q)
+                S, D, B, G, high, low, bad = step(
+                    p, q, a, ref, c, beta, limit, S, D, B, G, high, low, bad
+                )
+                j += LANES32
+            if j < stop:
+                p = tail_p(x + j * size_p, stop - j)
+                q = tail_q(y + j * size_q, stop - j)
+                out = lane_is(p, hole - j)
+                p = where(out, -math.inf, p)
+                q = where(out, -math.inf, q)
+                S, D, B, G, high, low, bad = step(
+                    p, q, a, ref, c, beta, limit, S, D, B, G, high, low, bad
+                )
+                j += LANES32
+        return (
+            f64(hsum(S)),
+            f64(hsum(D)),
+            f64(hsum(B)),
+            f64(hsum(G)),
+            hmax(high),
+            hmax(-low),
+            hany(bad),
+        )
+
+    @inline
+    def part(x, y, start, stop, a, beta, limit):
+        """The state of the entries [start, stop) of a row; B is NaN where it cannot be had.
+
+        ``a`` is log2(e)/T in float32.  Vectors hold exponents in base 2, with a constant c2
+        that float32 holds exactly; the state holds natural ones, c = c2 log 2.
+        """
+        far = limit / max(abs(beta), 1e-30)
+        tile_stop = min(start + TILE, stop)
+        largest = f64(max_p(x, start, tile_stop))
+        c2 = f64(f32((largest - f64(max_q(y, start, tile_stop))) * a))
+        if not math.isfinite(c2):
+            return 0.0, 0.0, 0.0, 0.0, 0.0, math.nan, 0.0, 0.0
+        guessed = True
+        hole = find_p(x, start, tile_stop, f32(largest))
+        top = ((entry_q(y, hole) - entry_p(x, hole)) * a + c2) * LN_2
+        state = (largest * a * LN_2, 0.0, top, c2 * LN_2, 0.0, 0.0, 0.0, 0.0)
+        # exp(x - m) is computed as 2**(a x + ref) with a rounded ref, which multiplies every
+        # term by 2**(a m + ref).
+        ref = f32(-largest * a)
+        shift = largest * a + ref
+        factor = math.exp2(-shift)
+        j = start
+        while True:
+            s, d, b, g, high, low, bad = sums(
+                x, y, j, tile_stop, hole, f32(a), ref, f32(c2), f32(beta), f32(limit)
+            )
+            s *= factor
+            d *= factor * LN_2
+            b *= factor * LN_2
+            g *= factor * LN_2
+            if cross:  # sum of e (m - x), from that of e (a x + ref)
+                g = shift * LN_2 * s - g
+            m, S, top, c, D, B, G, E = state
+            state = (m, S + s, top, c, D + d, B + b, G + g, E + b)
+            if bad or high > limit or (renyi and low > far) or not B + b < math.inf:
+                return m, S, top, c, D, math.nan, G, E
+            # c is off the mean of t by so much that half of B comes from it: move it.
+            m, S, top, c, D, B, G, E = state
+            d = D + top
+            if d * d > (B + phi(top)) * (S + 1.0):
+                c2 = f64(f32(c2 - d / (S + 1.0) * LOG2_E))
+                if guessed and d * d > 1.3 * (B + phi(top)) * (S + 1.0):
+                    # The first tile's c was a guess from two maxima.  It was bad: again.
+                    guessed = False
+                    state = (m, 0.0, top + (c2 * LN_2 - c), c2 * LN_2, 0.0, 0.0, 0.0, 0.0)
+                    continue
+                state = moved(state, c2 * LN_2 - c, beta)
+            guessed = False
+            j = tile_stop
+            if j >= stop:
+                return state
+            tile_stop = min(j + TILE, stop)
+            hole = -1
+            before = largest
+            largest = f64(max_p(x, j, tile_stop))
+            if largest > before:
+                hole = find_p(x, j, tile_stop, f32(largest))
+                m = largest * a * LN_2
+                S, D, B, G, E = under(state, m, beta)
+                ref = f32(-largest * a)
+                shift = largest * a + ref
+                factor = math.exp2(-shift)
+                top = ((entry_q(y, hole) - entry_p(x, hole)) * a + c2) * LN_2
+                state = (m, S, top, c2 * LN_2, D, B, G, E)
+                # A top that outweighs the rest is where the mean now is.
+                if S < 1.0 and math.isfinite(top):
+                    c2 = f64(f32(c2 - top * LOG2_E))
+                    state = moved(state, c2 * LN_2 - state[3], beta)
+            else:
+                largest = before
+
+    @inline
+    def finish(state, beta):
+        """The divergence, or NaN where the sums do not carry it."""
+        m, S, top, c, D, B, G, E = state
+        b = phi(top)
+        S = S + 1.0
+        A = (B + b + D + top) / S
+        kl = (B + b) / S - excess(A)
+        value = kl
+        if cross:
+            value += math.log1p(S - 1.0) + G / S
+        # Cancellation among the terms, and the rounding of y - x where rows that differ by a
+        # constant are otherwise close (a random error of c 2**-25 in every t).
+        if E + b > CANCELLATION * value * S or c * c > 1e9 * value:
+            return math.nan
+        if renyi and beta != 0.0:
+            g = G + phi(-beta * top)
+            C = (g - beta * (D + top)) / S
+            value += (g / S - excess(C)) / beta
+        return max(value, 0.0)
+
+    def kernel(
+        p, p_stride, p_offsets, q, q_stride, q_offsets, width, rows, n_rows,
+        counter, chunk, parts, part_width, states, done, redo, out,
+        inverse_temperature, beta, limit,
+    ):  # fmt: skip
+        a = f64(f32(inverse_temperature * LOG2_E))
+        n_tasks = n_rows * parts
+        while True:
+            first = fetch_add(counter, chunk)
+            if first >= n_tasks:
+                return
+            for task in range(first, min(first + chunk, n_tasks)):
+                number = task // parts
+                row = task_row(rows, number)
+                x = row_address(p, p_stride, p_offsets, row)
+                y = row_address(q, q_stride, q_offsets, row)
+                start = (task - number * parts) * part_width
+                state = part(
+                    x, y, start, min(start + part_width, width), a, beta, limit * LOG2_E
+                )
+                if parts > 1:
+                    at = states + task * (8 * STATE)
+                    for i in range(STATE):
+                        poke_f64(at + 8 * i, state[i])
+                    # The thread that brings the last part of a row merges all of them, in
+                    # their order.
+                    if fetch_add(done + 8 * number, 1) + 1 < parts:
+                        continue
+                    at = states + number * parts * (8 * STATE)
+                    state = load_state(at)
+                    for i in range(1, parts):
+                        state = merge(state, load_state(at + i * (8 * STATE)), beta)
+                value = finish(state, beta)
+                if value < UNDERFLOW and differ(x, y, width):
+                    value = math.nan
+                poke_f64(out + 8 * row, value)
+                if not value < math.inf:
+                    poke_i64(redo + 8 * (fetch_add(redo, 1) + 1), row)
+
+    @inline
+    def load_state(at):
+        return (
+            peek_f64(at), peek_f64(at + 8), peek_f64(at + 16), peek_f64(at + 24),
+            peek_f64(at + 32), peek_f64(at + 40), peek_f64(at + 48), peek_f64(at + 56),
+        )  # fmt: skip
+
+    return kernel

@@ -1,0 +1,151 @@
+"""What every row kernel shares: addresses of rows, tiles, maxima, tasks."""
+
+from __future__ import annotations
+
+from numba import types
+from numba.core.extending import intrinsic
+
+from .mathematics import inline, outline
+from .simd import (
+    ITEMSIZE,
+    LANES32,
+    f32v,
+    first_lane,
+    hany,
+    hmax,
+    loader,
+    peek_i64,
+    prefetch,
+    splat32,
+    tail_loader,
+    vmax,
+)
+
+#: Entries in a tile: sums run in float32 within it and in float64 from tile to tile.  Two
+#: float32 tiles of each array (the one at work and the one being prefetched) fit in L1.
+TILE = 2048
+
+#: Numbers that describe a row on its own.  With m the largest entry and k its first index:
+#: m;  S = sum exp(x - m) and U = sum (m - x) exp(x - m) over all indices but k;  k;  and
+#: x - m of the row's token, where tokens are given.
+STATISTICS = 5
+
+#: Results below this may have lost terms to float32's exponent range: unless the rows are
+#: equal, such a row is left to the float64 kernel.
+UNDERFLOW = 1e-30
+
+#: Unrolling for the passes that only look for a maximum.
+WIDE = 4 * LANES32
+
+
+@inline
+def row_address(base, stride, offsets, row):
+    """Address of a row: ``stride`` bytes apart, or at an offset of its own where given."""
+    if offsets != 0:
+        return base + peek_i64(offsets + 8 * row)
+    return base + row * stride
+
+
+@inline
+def task_row(rows, number):
+    """The row that is task ``number``: all of them, or those that ``rows`` lists."""
+    if rows != 0:
+        return peek_i64(rows + 8 * number)
+    return number
+
+
+def _rounding(to):
+    @intrinsic
+    def cast(typingctx, x):
+        def codegen(context, builder, sig, args):
+            return context.cast(builder, args[0], sig.args[0], to)
+
+        return to(x), codegen
+
+    return cast
+
+
+#: Round a number to float32; widen one to float64 (Numba's ``float`` keeps float32).
+f32 = _rounding(types.float32)
+f64 = _rounding(types.float64)
+
+
+def passes(dtype):
+    """The passes over one array of ``dtype`` that look for its largest entry.
+
+    ``tile_max(row, start, stop)`` gives the maximum of the entries [start, stop), NaN
+    ignored; ``find(row, start, stop, value)`` the index of the first entry equal to value.
+    """
+    load = loader(dtype, f32v)
+    load_tail = tail_loader(dtype, f32v)
+    size = ITEMSIZE[dtype]
+
+    @inline
+    def tile_max(row, start, stop):
+        m0 = splat32(-float("inf"))
+        m1 = m0
+        m2 = m0
+        m3 = m0
+        j = start
+        while j + WIDE <= stop:
+            at = row + j * size
+            m0 = vmax(load(at), m0)
+            m1 = vmax(load(at + LANES32 * size), m1)
+            m2 = vmax(load(at + 2 * LANES32 * size), m2)
+            m3 = vmax(load(at + 3 * LANES32 * size), m3)
+            j += WIDE
+        while j < stop:
+            m0 = vmax(load_tail(row + j * size, stop - j), m0)
+            j += LANES32
+        return hmax(vmax(vmax(m0, m1), vmax(m2, m3)))
+
+    @inline
+    def find(row, start, stop, value):
+        j = start
+        while j < stop:
+            lane = first_lane(load_tail(row + j * size, stop - j) == value)
+            if lane < LANES32:
+                return j + lane
+            j += LANES32
+        return start
+
+    return tile_max, find
+
+
+def entry(dtype):
+    """An inlined ``entry(row, j)``: one entry as a float64 number."""
+    load_tail = tail_loader(dtype, f32v)
+    size = ITEMSIZE[dtype]
+
+    @inline
+    def get(row, j):
+        return f64(hmax(load_tail(row + j * size, 1)))
+
+    return get
+
+
+def ahead(dtype):
+    """An inlined ``ahead(row, j)``: asks for the cache line one tile further on."""
+    size = ITEMSIZE[dtype]
+
+    @inline
+    def ask(row, j):
+        prefetch(row + (j + TILE) * size)
+
+    return ask
+
+
+def comparison(dtype_p, dtype_q):
+    """An inlined ``differ(x, y, width)``: whether two rows differ anywhere, as numbers."""
+    load_p, load_q = tail_loader(dtype_p, f32v), tail_loader(dtype_q, f32v)
+    size_p, size_q = ITEMSIZE[dtype_p], ITEMSIZE[dtype_q]
+
+    @outline
+    def differ(x, y, width):
+        for j in range(0, width, LANES32):
+            p = load_p(x + j * size_p, width - j)
+            if hany(p != load_q(y + j * size_q, width - j)):
+                return True
+        return False
+
+    return differ

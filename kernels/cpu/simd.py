@@ -1,0 +1,607 @@
+"""Vectors of float32 and float64 as values in Numba code.
+
+Numba has no vector type, and LLVM does not vectorize a loop that holds a running
+maximum, a table look-up or a conversion from bfloat16.  Here a vector is an ordinary
+Numba value: ``a * b + c``, ``fma(a, b, c)``, ``where(a > b, a, b)``.  Its LLVM type is
+``<lanes x element>``, which LLVM maps onto whatever registers the machine has: one
+AVX-512 register, two AVX, four NEON.
+
+Every operation is explicit and none depends on fast-math flags: infinities and NaN mean
+what IEEE 754 says, except where a docstring below tells what happens to a NaN.
+
+Pointers are plain integers (the address), so that one kernel serves every array library.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+from llvmlite import binding, ir
+from numba.core import cgutils, types
+from numba.core.datamodel import models
+from numba.core.extending import intrinsic, register_model
+from numba.core.imputils import lower_builtin
+from numba.core.typing.templates import AbstractTemplate, infer_global, signature
+
+#: Lanes of a float32 vector; a float64 vector has half as many (the same 64 bytes).
+LANES32 = 16
+LANES64 = 8
+
+
+class Vector(types.Type):
+    """The Numba type of ``<lanes x element>``."""
+
+    def __init__(self, element: types.Type, lanes: int) -> None:
+        self.element = element
+        self.lanes = lanes
+        super().__init__(name=f"Vector({element}x{lanes})")
+
+    @property
+    def llvm(self) -> ir.VectorType:
+        return ir.VectorType(_LLVM_ELEMENT[self.element], self.lanes)
+
+
+_LLVM_ELEMENT = {
+    types.boolean: ir.IntType(1),
+    types.int32: ir.IntType(32),
+    types.int64: ir.IntType(64),
+    types.float32: ir.FloatType(),
+    types.float64: ir.DoubleType(),
+}
+
+
+@register_model(Vector)
+class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
+    def __init__(self, dmm: Any, fe_type: Vector) -> None:
+        super().__init__(dmm, fe_type, fe_type.llvm)
+
+
+f32v = Vector(types.float32, LANES32)
+f64v = Vector(types.float64, LANES64)
+mask32 = Vector(types.boolean, LANES32)
+mask64 = Vector(types.boolean, LANES64)
+_MASK = {f32v: mask32, f64v: mask64}
+_INT = {f32v: ir.VectorType(ir.IntType(32), LANES32), f64v: ir.VectorType(ir.IntType(64), LANES64)}
+
+
+def _constant(ty: Vector, value: float) -> ir.Constant:
+    return ir.Constant(ty.llvm, [value] * ty.lanes)
+
+
+def _splat(builder: ir.IRBuilder, scalar: ir.Value, ty: Vector) -> ir.Value:
+    undef = ir.Constant(ty.llvm, ir.Undefined)
+    first = builder.insert_element(undef, scalar, ir.Constant(ir.IntType(32), 0))
+    zeros = ir.Constant(ir.VectorType(ir.IntType(32), ty.lanes), [0] * ty.lanes)
+    return builder.shuffle_vector(first, undef, zeros)
+
+
+def _as_vector(context: Any, builder: ir.IRBuilder, value: ir.Value, frm: types.Type, to: Vector) -> ir.Value:
+    """A vector stays; a scalar is rounded to the element type and put into every lane."""
+    if isinstance(frm, Vector):
+        return value
+    return _splat(builder, context.cast(builder, value, frm, to.element), to)
+
+
+def _call(builder: ir.IRBuilder, name: str, args: list[ir.Value], returns: ir.Type | None = None) -> ir.Value:
+    """Call the LLVM intrinsic of that full name (``llvm.fma.v16f32``)."""
+    ty = ir.FunctionType(returns or args[0].type, [a.type for a in args])
+    return builder.call(cgutils.get_or_insert_function(builder.module, ty, name), args)
+
+
+def _suffix(ty: Vector) -> str:
+    return f"v{ty.lanes}f{ty.element.bitwidth}"
+
+
+# --- operators -------------------------------------------------------------------------
+
+
+def _vector_of(args: tuple[types.Type, ...]) -> Vector | None:
+    vectors = {a for a in args if isinstance(a, Vector)}
+    rest = [a for a in args if not isinstance(a, Vector)]
+    if len(vectors) != 1 or not all(isinstance(a, (types.Number, types.Literal)) for a in rest):
+        return None
+    return vectors.pop()
+
+
+def _binary(op: Any, emit: Any, compares: bool) -> None:
+    @infer_global(op)
+    class Typing(AbstractTemplate):  # type: ignore[misc]
+        def generic(self, args: tuple[types.Type, ...], kws: Any) -> Any:
+            ty = _vector_of(args)
+            if ty is None or ty not in _MASK:
+                return None
+            return signature(_MASK[ty] if compares else ty, *args)
+
+    def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        ty = _vector_of(sig.args)
+        a, b = (_as_vector(context, builder, v, t, ty) for v, t in zip(args, sig.args, strict=True))
+        return emit(builder, a, b)
+
+    for pair in ((Vector, Vector), (Vector, types.Number), (types.Number, Vector)):
+        lower_builtin(op, *pair)(lower)
+
+
+_binary(operator.add, lambda b, x, y: b.fadd(x, y), False)
+_binary(operator.sub, lambda b, x, y: b.fsub(x, y), False)
+_binary(operator.mul, lambda b, x, y: b.fmul(x, y), False)
+_binary(operator.truediv, lambda b, x, y: b.fdiv(x, y), False)
+_binary(operator.lt, lambda b, x, y: b.fcmp_ordered("<", x, y), True)
+_binary(operator.gt, lambda b, x, y: b.fcmp_ordered(">", x, y), True)
+_binary(operator.eq, lambda b, x, y: b.fcmp_ordered("==", x, y), True)
+_binary(operator.ne, lambda b, x, y: b.fcmp_unordered("!=", x, y), True)
+
+
+@infer_global(operator.neg)
+class _NegTyping(AbstractTemplate):  # type: ignore[misc]
+    def generic(self, args: tuple[types.Type, ...], kws: Any) -> Any:
+        return signature(args[0], args[0]) if args[0] in _MASK else None
+
+
+@lower_builtin(operator.neg, Vector)
+def _neg(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+    return builder.fneg(args[0])
+
+
+def _mask_binary(op: Any, emit: Any) -> None:
+    @infer_global(op)
+    class Typing(AbstractTemplate):  # type: ignore[misc]
+        def generic(self, args: tuple[types.Type, ...], kws: Any) -> Any:
+            if len(args) == 2 and args[0] == args[1] and args[0] in (mask32, mask64):
+                return signature(args[0], *args)
+            return None
+
+    lower_builtin(op, Vector, Vector)(lambda context, builder, sig, args: emit(builder, *args))
+
+
+_mask_binary(operator.and_, lambda b, x, y: b.and_(x, y))
+_mask_binary(operator.or_, lambda b, x, y: b.or_(x, y))
+
+
+@infer_global(operator.invert)
+class _InvertTyping(AbstractTemplate):  # type: ignore[misc]
+    def generic(self, args: tuple[types.Type, ...], kws: Any) -> Any:
+        return signature(args[0], args[0]) if args[0] in (mask32, mask64) else None
+
+
+@lower_builtin(operator.invert, Vector)
+def _invert(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+    return builder.not_(args[0])
+
+
+# --- functions -------------------------------------------------------------------------
+
+
+@intrinsic
+def splat32(typingctx, x):
+    """The number ``x`` in every lane of a float32 vector."""
+
+    def codegen(context, builder, sig, args):
+        return _as_vector(context, builder, args[0], sig.args[0], f32v)
+
+    return f32v(x), codegen
+
+
+@intrinsic
+def splat64(typingctx, x):
+    """The number ``x`` in every lane of a float64 vector."""
+
+    def codegen(context, builder, sig, args):
+        return _as_vector(context, builder, args[0], sig.args[0], f64v)
+
+    return f64v(x), codegen
+
+
+@intrinsic
+def fma(typingctx, a, b, c):
+    """``a * b + c``, rounded once."""
+    ty = _vector_of((a, b, c))
+
+    def codegen(context, builder, sig, args):
+        vs = [_as_vector(context, builder, v, t, ty) for v, t in zip(args, sig.args, strict=True)]
+        return _call(builder, f"llvm.fma.{_suffix(ty)}", vs)
+
+    return ty(a, b, c), codegen
+
+
+@intrinsic
+def where(typingctx, condition, a, b):
+    """``a`` in the lanes where ``condition`` holds, else ``b``."""
+    ty = _vector_of((a, b))
+
+    def codegen(context, builder, sig, args):
+        x = _as_vector(context, builder, args[1], sig.args[1], ty)
+        y = _as_vector(context, builder, args[2], sig.args[2], ty)
+        return builder.select(args[0], x, y)
+
+    return ty(condition, a, b), codegen
+
+
+@intrinsic
+def unordered(typingctx, a, b):
+    """Lanes where ``a`` or ``b`` is NaN."""
+
+    def codegen(context, builder, sig, args):
+        return builder.fcmp_unordered("uno", *args)
+
+    return _MASK[a](a, b), codegen
+
+
+def _unary(llvm_name):
+    @intrinsic
+    def op(typingctx, a):
+        def codegen(context, builder, sig, args):
+            return _call(builder, f"llvm.{llvm_name}.{_suffix(a)}", [args[0]])
+
+        return a(a), codegen
+
+    return op
+
+
+vabs = _unary("fabs")
+vsqrt = _unary("sqrt")
+rint = _unary("rint")
+
+
+@intrinsic
+def copysign(typingctx, a, b):
+    """The size of ``a`` with the sign of ``b``."""
+
+    def codegen(context, builder, sig, args):
+        return _call(builder, f"llvm.copysign.{_suffix(a)}", list(args))
+
+    return a(a, a), codegen
+
+
+@intrinsic
+def vmax(typingctx, a, b):
+    """The larger; ``b`` where either is NaN (one instruction on x86)."""
+    ty = _vector_of((a, b))
+
+    def codegen(context, builder, sig, args):
+        x, y = (_as_vector(context, builder, v, t, ty) for v, t in zip(args, sig.args, strict=True))
+        return builder.select(builder.fcmp_ordered(">", x, y), x, y)
+
+    return ty(a, b), codegen
+
+
+@intrinsic
+def vmin(typingctx, a, b):
+    """The smaller; ``b`` where either is NaN (one instruction on x86)."""
+    ty = _vector_of((a, b))
+
+    def codegen(context, builder, sig, args):
+        x, y = (_as_vector(context, builder, v, t, ty) for v, t in zip(args, sig.args, strict=True))
+        return builder.select(builder.fcmp_ordered("<", x, y), x, y)
+
+    return ty(a, b), codegen
+
+
+#: AVX-512 has instructions for both ends of an exponential: 2**x for any x (0 where it
+#: underflows, NaN at NaN), and the distance from the next whole number below.
+HAS_SCALEF = bool(binding.get_host_cpu_features().get("avx512dq"))
+
+
+@intrinsic
+def scalef32(typingctx, a, n):
+    """``a * 2**floor(n)`` of float32 vectors (where HAS_SCALEF)."""
+
+    def codegen(context, builder, sig, args):
+        i16, i32 = ir.IntType(16), ir.IntType(32)
+        name = "llvm.x86.avx512.mask.scalef.ps.512"
+        return _call(builder, name, [*args, args[0], i16(0xFFFF), i32(4)])
+
+    return f32v(a, n), codegen
+
+
+@intrinsic
+def fraction32(typingctx, x):
+    """``x - floor(x)`` of a float32 vector, 0 at infinity (where HAS_SCALEF)."""
+
+    def codegen(context, builder, sig, args):
+        i16, i32 = ir.IntType(16), ir.IntType(32)
+        name = "llvm.x86.avx512.mask.reduce.ps.512"
+        return _call(builder, name, [args[0], i32(9), args[0], i16(0xFFFF), i32(4)])
+
+    return f32v(x), codegen
+
+
+@intrinsic
+def pow2(typingctx, n):
+    """``2.0 ** n`` for whole ``n`` in the normal exponent range."""
+    bits = n.element.bitwidth
+    mantissa, bias = (23, 127) if bits == 32 else (52, 1023)
+
+    def codegen(context, builder, sig, args):
+        ity = _INT[n]
+        # Adding 1.5 * 2**mantissa puts the whole number into the low bits.
+        magic = _constant(n, 1.5 * 2.0**mantissa + bias)
+        i = builder.bitcast(builder.fadd(args[0], magic), ity)
+        i = builder.shl(i, ir.Constant(ity, [mantissa] * n.lanes))
+        return builder.bitcast(i, n.llvm)
+
+    return n(n), codegen
+
+
+@intrinsic
+def log_split64(typingctx, x):
+    """The exponent e of positive normal x, as x = m 2**e with m in [sqrt(1/2), sqrt(2))."""
+
+    def codegen(context, builder, sig, args):
+        ity = _INT[x]
+        origin = ir.Constant(ity, [0x3FE6A09E667F3BCD] * x.lanes)  # the bits of sqrt(1/2)
+        bits = builder.sub(builder.bitcast(args[0], ity), origin)
+        exponent = builder.ashr(bits, ir.Constant(ity, [52] * x.lanes))
+        return builder.sitofp(exponent, x.llvm)
+
+    return x(x), codegen
+
+
+def _reduction(name, with_start):
+    @intrinsic
+    def reduce(typingctx, a):
+        def codegen(context, builder, sig, args):
+            ty = _LLVM_ELEMENT[a.element]
+            full = f"llvm.vector.reduce.{name}.{_suffix(a)}"
+            if with_start:
+                fnty = ir.FunctionType(ty, [ty, a.llvm])
+                fn = cgutils.get_or_insert_function(builder.module, fnty, full)
+                # reassoc: lanes may be joined as a tree (a fixed one, given the machine).
+                return builder.call(fn, [ir.Constant(ty, -0.0), args[0]], fastmath=("reassoc",))
+            return _call(builder, full, [args[0]], ty)
+
+        return a.element(a), codegen
+
+    return reduce
+
+
+hsum = _reduction("fadd", True)
+hmax = _reduction("fmax", False)
+
+
+@intrinsic
+def hany(typingctx, m):
+    """True if any lane of the mask is set."""
+
+    def codegen(context, builder, sig, args):
+        ity = ir.IntType(m.lanes)
+        return builder.icmp_unsigned("!=", builder.bitcast(args[0], ity), ity(0))
+
+    return types.boolean(m), codegen
+
+
+@intrinsic
+def first_lane(typingctx, m):
+    """Index of the first set lane; the number of lanes if none is set."""
+
+    def codegen(context, builder, sig, args):
+        ity = ir.IntType(m.lanes)
+        bits = builder.zext(builder.bitcast(args[0], ity), ir.IntType(64))
+        bits = builder.or_(bits, ir.IntType(64)(1 << m.lanes))
+        return builder.cttz(bits, ir.IntType(1)(1))
+
+    return types.int64(m), codegen
+
+
+def _lane_numbers(ty: Vector) -> ir.Constant:
+    return ir.Constant(ir.VectorType(ir.IntType(64), ty.lanes), list(range(ty.lanes)))
+
+
+@intrinsic
+def lanes_below(typingctx, like, n):
+    """Mask of the lanes whose number is below ``n``; ``like`` gives the shape."""
+
+    def codegen(context, builder, sig, args):
+        n64 = context.cast(builder, args[1], sig.args[1], types.int64)
+        wide = Vector(types.int64, like.lanes)
+        return builder.icmp_signed("<", _lane_numbers(like), _splat(builder, n64, wide))
+
+    return _MASK[like](like, n), codegen
+
+
+@intrinsic
+def lane_is(typingctx, like, n):
+    """Mask of the one lane with number ``n``."""
+
+    def codegen(context, builder, sig, args):
+        n64 = context.cast(builder, args[1], sig.args[1], types.int64)
+        wide = Vector(types.int64, like.lanes)
+        return builder.icmp_signed("==", _lane_numbers(like), _splat(builder, n64, wide))
+
+    return _MASK[like](like, n), codegen
+
+
+# --- memory ----------------------------------------------------------------------------
+
+#: Element types in memory: bytes of one element.
+ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+_STORED = {
+    "float16": ir.HalfType(),
+    "bfloat16": ir.IntType(16),
+    "float32": ir.FloatType(),
+    "float64": ir.DoubleType(),
+}
+
+
+def _widen(builder, loaded, dtype, ty):
+    """From the vector type in memory to the vector type of the computation."""
+    if dtype == "bfloat16":  # the upper half of a float32
+        i32 = ir.VectorType(ir.IntType(32), ty.lanes)
+        bits = builder.shl(builder.zext(loaded, i32), ir.Constant(i32, [16] * ty.lanes))
+        loaded = builder.bitcast(bits, ir.VectorType(ir.FloatType(), ty.lanes))
+    if loaded.type == ty.llvm:
+        return loaded
+    return builder.fpext(loaded, ty.llvm)
+
+
+def loader(dtype, ty):
+    """An intrinsic ``load(address)`` of one vector of ``dtype``, widened to ``ty``."""
+    memory = ir.VectorType(_STORED[dtype], ty.lanes)
+
+    @intrinsic
+    def load(typingctx, address):
+        def codegen(context, builder, sig, args):
+            pointer = builder.inttoptr(args[0], memory.as_pointer())
+            return _widen(builder, builder.load(pointer, align=ITEMSIZE[dtype]), dtype, ty)
+
+        return ty(address), codegen
+
+    return load
+
+
+def tail_loader(dtype, ty):
+    """An intrinsic ``load(address, n)``: the first ``n`` lanes are read, the rest -inf."""
+    memory = ir.VectorType(_STORED[dtype], ty.lanes)
+
+    @intrinsic
+    def load(typingctx, address, n):
+        def codegen(context, builder, sig, args):
+            pointer = builder.inttoptr(args[0], memory.as_pointer())
+            wide = Vector(types.int64, ty.lanes)
+            n64 = context.cast(builder, args[1], sig.args[1], types.int64)
+            mask = builder.icmp_signed("<", _lane_numbers(ty), _splat(builder, n64, wide))
+            letter = "i" if dtype == "bfloat16" else "f"
+            suffix = f"v{ty.lanes}{letter}{ITEMSIZE[dtype] * 8}"
+            minus_inf = 0xFF80 if dtype == "bfloat16" else float("-inf")
+            fill = ir.Constant(memory, [minus_inf] * ty.lanes)
+            name = f"llvm.masked.load.{suffix}.p0"
+            i32 = ir.IntType(32)
+            fnty = ir.FunctionType(memory, [pointer.type, i32, mask.type, memory])
+            fn = cgutils.get_or_insert_function(builder.module, fnty, name)
+            loaded = builder.call(fn, [pointer, i32(ITEMSIZE[dtype]), mask, fill])
+            return _widen(builder, loaded, dtype, ty)
+
+        return ty(address, n), codegen
+
+    return load
+
+
+@intrinsic
+def prefetch(typingctx, address):
+    """Ask for the cache line at ``address``; an address outside the array is harmless."""
+
+    def codegen(context, builder, sig, args):
+        i32 = ir.IntType(32)
+        pointer = builder.inttoptr(args[0], ir.IntType(8).as_pointer())
+        fnty = ir.FunctionType(ir.VoidType(), [pointer.type, i32, i32, i32])
+        fn = cgutils.get_or_insert_function(builder.module, fnty, "llvm.prefetch.p0")
+        builder.call(fn, [pointer, i32(0), i32(3), i32(1)])
+        return context.get_dummy_value()
+
+    return types.void(address), codegen
+
+
+@intrinsic
+def store(typingctx, address, vector):
+    """Write a vector at an address."""
+
+    def codegen(context, builder, sig, args):
+        pointer = builder.inttoptr(args[0], vector.llvm.as_pointer())
+        builder.store(args[1], pointer, align=vector.element.bitwidth // 8)
+        return context.get_dummy_value()
+
+    return types.void(address, vector), codegen
+
+
+@intrinsic
+def store_tail(typingctx, address, vector, n):
+    """Write the first ``n`` lanes of a vector."""
+
+    def codegen(context, builder, sig, args):
+        pointer = builder.inttoptr(args[0], vector.llvm.as_pointer())
+        wide = Vector(types.int64, vector.lanes)
+        n64 = context.cast(builder, args[2], sig.args[2], types.int64)
+        mask = builder.icmp_signed("<", _lane_numbers(vector), _splat(builder, n64, wide))
+        i32 = ir.IntType(32)
+        fnty = ir.FunctionType(ir.VoidType(), [vector.llvm, pointer.type, i32, mask.type])
+        name = f"llvm.masked.store.{_suffix(vector)}.p0"
+        fn = cgutils.get_or_insert_function(builder.module, fnty, name)
+        builder.call(fn, [args[1], pointer, i32(vector.element.bitwidth // 8), mask])
+        return context.get_dummy_value()
+
+    return types.void(address, vector, n), codegen
+
+
+def narrow_store(dtype):
+    """An intrinsic ``poke(address, x)``: a float64 number, rounded to ``dtype`` (once to
+    float32, for the 16-bit types then again)."""
+
+    @intrinsic
+    def poke(typingctx, address, x):
+        def codegen(context, builder, sig, args):
+            value = args[1]
+            if dtype != "float64":
+                value = builder.fptrunc(value, ir.FloatType())
+            if dtype == "float16":
+                value = builder.fptrunc(value, ir.HalfType())
+            if dtype == "bfloat16":  # to nearest, ties to even; NaN stays NaN
+                i32 = ir.IntType(32)
+                bits = builder.bitcast(value, i32)
+                odd = builder.and_(builder.lshr(bits, i32(16)), i32(1))
+                rounded = builder.add(bits, builder.add(odd, i32(0x7FFF)))
+                is_nan = builder.fcmp_unordered("uno", value, value)
+                bits = builder.select(is_nan, i32(0x7FC00000), rounded)
+                value = builder.trunc(builder.lshr(bits, i32(16)), ir.IntType(16))
+            pointer = builder.inttoptr(args[0], value.type.as_pointer())
+            builder.store(value, pointer, align=ITEMSIZE[dtype])
+            return context.get_dummy_value()
+
+        return types.void(address, types.float64), codegen
+
+    return poke
+
+
+def _scalar_access(ty):
+    """Intrinsics ``peek(address)`` and ``poke(address, value)`` for one number."""
+
+    llvm = _LLVM_ELEMENT[ty]
+    align = ty.bitwidth // 8
+
+    @intrinsic
+    def peek(typingctx, address):
+        def codegen(context, builder, sig, args):
+            return builder.load(builder.inttoptr(args[0], llvm.as_pointer()), align=align)
+
+        return ty(address), codegen
+
+    @intrinsic
+    def poke(typingctx, address, value):
+        def codegen(context, builder, sig, args):
+            number = context.cast(builder, args[1], sig.args[1], ty)
+            builder.store(number, builder.inttoptr(args[0], llvm.as_pointer()), align=align)
+            return context.get_dummy_value()
+
+        return types.void(address, value), codegen
+
+    return peek, poke
+
+
+peek_i64, poke_i64 = _scalar_access(types.int64)
+peek_f64, poke_f64 = _scalar_access(types.float64)
+
+
+@intrinsic
+def fetch_add(typingctx, address, n):
+    """Atomically add ``n`` to the int64 at ``address``; returns what was there."""
+
+    def codegen(context, builder, sig, args):
+        pointer = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", pointer, args[1], "seq_cst")
+
+    return types.int64(address, types.int64), codegen
+
+
+def scratch(size):
+    """An intrinsic: the address of ``size`` bytes on the caller's stack, aligned for vectors."""
+
+    @intrinsic
+    def area(typingctx):
+        def codegen(context, builder, sig, args):
+            with builder.goto_entry_block():
+                pointer = builder.alloca(ir.ArrayType(ir.IntType(8), size))
+                pointer.align = 64
+            return builder.ptrtoint(pointer, ir.IntType(64))
+
+        return types.int64(), codegen
+
+    return area

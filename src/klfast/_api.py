@@ -1,0 +1,398 @@
+"""The public functions: what they mean, and the way from their arguments to a backend."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar, Unpack
+
+import numpy as np
+
+from ._arguments import (
+    DEFAULTS,
+    CompareOptions,
+    ElementOptions,
+    Options,
+    check_options,
+    finish,
+    prepare,
+    result_shape,
+    target_of,
+)
+from ._arrays import (
+    FLOATS,
+    decode,
+    empty,
+    encode,
+    memory,
+    overlap,
+    plain_rows,
+    rows_of,
+    view_of,
+    wrap,
+)
+from ._dispatch import MODULES, select
+from ._operations import OPERATIONS, parse_metric
+
+__all__ = [
+    "Explanation",
+    "alpha_divergence",
+    "chi2_divergence",
+    "cross_entropy",
+    "documented",
+    "entropy",
+    "explain",
+    "jeffreys_divergence",
+    "js_divergence",
+    "kl_divergence",
+    "log_softmax",
+    "logsumexp",
+    "renyi_divergence",
+    "renyi_entropy",
+    "squared_hellinger",
+    "token_log_probs",
+    "total_variation",
+    "tsallis_divergence",
+]
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+ARRAYS = """\
+{names}: {batches}, shape (..., V), in float16, bfloat16, float32 or float64: NumPy
+    arrays, PyTorch tensors or JAX arrays on the CPU, or anything with `__dlpack__`. Strides of
+    any kind are read in place; nothing is copied or written to. Tensors that require a gradient
+    are read for their values, and the result has no gradient."""
+
+PAIR = """
+    Batch axes broadcast against each other without being copied, and the dtypes may differ,
+    but not the library or the device."""
+
+KEYWORDS = {
+    "axis": "the vocabulary axis.",
+    "input": """\
+what the entries are: "logits", "log_probs" or "probs". All are normalized, whatever
+    their sum. A negative probability makes its row NaN.""",
+    "temperature": "T > 0, which divides the logits, or of two batches a pair (T_p, T_q).",
+    "base": """\
+base of the logarithm of the result, above 1; None is e, and the unit nats. Results that
+    are no logarithms do not depend on it.""",
+    "where": """\
+booleans, one a row: rows that are False are never read, take no part in a mean or sum,
+    and hold NaN in a result with one value a row.""",
+    "vocab_size": "read only the first entries of each row, for vocabularies padded at the end.",
+    "reduction": """\
+"none" (one value a row), or the "mean" or "sum", taken in float64, over the rows
+    that `where` keeps. The mean of no rows is NaN, their sum 0.""",
+    "dtype": """\
+of the result; None is that of `out`, else float64 if an input is float64, else float32.
+    Values are computed in float64 or as exactly as numerics ask, and rounded once.""",
+    "out": "NumPy array or PyTorch tensor, of any strides, to write into and return.",
+    "backend": '"auto" (that of the device), or one of "reference", "cpu" and "cuda" by name.',
+}
+
+ERRORS = """\
+TypeError: for arrays that are no arrays of numbers, integers, two libraries or devices, or a
+    keyword of the wrong type.
+ValueError: for shapes that do not broadcast, vocabularies that differ or are empty, or a number
+    outside its range.
+BackendUnavailable: for a backend that cannot run here, or arrays on a device that none reads."""
+
+
+def documented(
+    options: type, names: str = "p, q", operation: str | None = None, returns: str | None = None
+) -> Callable[[Function], Function]:
+    """Complete the docstring and signature of a function that takes the keywords of `options`.
+
+    The formula and its source come from the operation table, and what the keywords mean is
+    written once.
+    """
+
+    def complete(function: Function) -> Function:
+        pair = "," in names
+        batches = "two batches of logits" if pair else "a batch of logits"
+        entries = [ARRAYS.format(names=names, batches=batches) + (PAIR if pair else "")]
+        entries += [f"{name}: {text}" for name, text in _keywords(options).items()]
+        sections = {"Arguments": "\n".join(entries)}
+        sections["Returns"] = returns or (
+            "One value a row, of the shape of the batch, as the same kind of array as the input; a "
+            "row\nthat holds NaN or +inf, or only -inf, gives NaN and leaves the others alone."
+        )
+        sections["Raises"] = ERRORS
+        if operation is not None:
+            entry = OPERATIONS[operation]
+            sections = {"Formula": entry.formula} | sections | {"Source": entry.source}
+        blocks = [inspect.cleandoc(function.__doc__ or "")]
+        for title, text in sections.items():
+            blocks.append(f"{title}:\n" + "\n".join(f"    {line}" for line in text.splitlines()))
+        function.__doc__ = "\n\n".join(blocks)
+        signature = inspect.signature(function)
+        given = signature.parameters.values()
+        parameters = [each for each in given if each.kind != each.VAR_KEYWORD]
+        parameters += [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=DEFAULTS[name])
+            for name in _keywords(options)
+        ]
+        vars(function)["__signature__"] = signature.replace(parameters=parameters)
+        return function
+
+    return complete
+
+
+def _keywords(options: type) -> dict[str, str]:
+    return {name: text for name, text in KEYWORDS.items() if name in options.__annotations__}
+
+
+def _evaluate(
+    name: str,
+    arrays: dict[str, Any],
+    options: Options,
+    values_of_parameters: tuple[Any, ...] = (),
+    tokens: tuple[str, Any] | None = None,
+) -> Any:
+    operation = OPERATIONS[name]
+    parameters: tuple[float, ...] = ()
+    for parameter, value in zip(operation.parameters, values_of_parameters, strict=True):
+        parameters += (parameter.check(value),)
+    if not options and tokens is None:
+        result = _evaluate_plain(name, parameters, *arrays.values())
+        if result is not None:
+            return result
+    settings = check_options(operation.function, options, Options)
+    batch = prepare(arrays, settings, tokens)
+    dtype, target = target_of(batch, result_shape(batch))
+    values = batch.empty_values()
+    if not batch.idle:
+        batch.backend.run(name, batch.p, batch.q, parameters, batch.rows, values, batch.tokens)
+    return finish(batch, values, operation.logarithmic, dtype, target)
+
+
+def _evaluate_plain(name: str, parameters: tuple[float, ...], p: Any, q: Any = None) -> Any | None:
+    """The short way of a call with no keywords on contiguous NumPy arrays of one shape.
+
+    None where it does not lead, and all checks have to be made.
+    """
+    if type(p) is not np.ndarray:
+        return None
+    first, second = plain_rows(p), None
+    if first is None:
+        return None
+    dtype = "float64" if first.dtype == "float64" else "float32"
+    if q is not None:
+        if type(q) is not np.ndarray or p.shape != q.shape:
+            return None
+        second = plain_rows(q)
+        if second is None:
+            return None
+        if second.dtype == "float64":
+            dtype = "float64"
+    values = np.empty(p.shape[:-1])
+    select("auto", "cpu").run(name, first, second, parameters, None, values.reshape(-1))
+    return encode(values, dtype)[()]
+
+
+@documented(Options, operation="kl")
+def kl_divergence(p: Any, q: Any, **options: Unpack[Options]) -> Any:
+    """Kullback-Leibler divergence of each row of `p` from that of `q`, P always first.
+
+    Computed as sum p (exp(-d) - 1 + d) with d = log(p / q), whose terms are never negative, so
+    that it is exact however close P and Q are; exactly 0 for identical rows; +inf where P has
+    mass and q = 0. PyTorch's `F.kl_div(input, target)` is the other way round: its input is log Q
+    and its target P, and its "mean" divides by the number of entries, "batchmean" by that of rows.
+    """
+    return _evaluate("kl", {"p": p, "q": q}, options)
+
+
+@documented(Options, operation="jeffreys")
+def jeffreys_divergence(p: Any, q: Any, **options: Unpack[Options]) -> Any:
+    """Jeffreys divergence: KL both ways, summed. Exchanging P and Q changes no bit."""
+    return _evaluate("jeffreys", {"p": p, "q": q}, options)
+
+
+@documented(Options, operation="js")
+def js_divergence(p: Any, q: Any, *, weight: float = 0.5, **options: Unpack[Options]) -> Any:
+    """Jensen-Shannon divergence, with `weight` in [0, 1] as that of P in the mixture.
+
+    At most log 2 for the default weight 1/2, where exchanging P and Q changes no bit; 0 for the
+    weights 0 and 1. `scipy.spatial.distance.jensenshannon` is its square root, and TensorFlow
+    Probability's `jensen_shannon` is twice it. TRL's `generalized_jsd_loss(student, teacher, beta)`
+    is this with P = teacher, Q = student and weight = beta, except at the ends.
+    """
+    return _evaluate("js", {"p": p, "q": q}, options, (weight,))
+
+
+@documented(Options, operation="renyi")
+def renyi_divergence(p: Any, q: Any, alpha: float, **options: Unpack[Options]) -> Any:
+    """Rényi divergence of order `alpha`, from 0 to infinity, both included.
+
+    Order 0 is -log of the Q-mass of P's support, 1/2 is -2 log of the Bhattacharyya coefficient,
+    1 is KL(P, Q), which it approaches continuously, and infinity is the largest log(p / q). It
+    does not decrease in `alpha`.
+    """
+    return _evaluate("renyi", {"p": p, "q": q}, options, (alpha,))
+
+
+@documented(Options, operation="alpha")
+def alpha_divergence(p: Any, q: Any, alpha: float, **options: Unpack[Options]) -> Any:
+    """alpha-divergence, `alpha` from 0: continuous at 1, KL(P, Q), and at 0, KL(Q, P).
+
+    alpha = 1/2 is four times the squared Hellinger distance, and 2 half of chi-squared.
+    """
+    return _evaluate("alpha", {"p": p, "q": q}, options, (alpha,))
+
+
+@documented(Options, operation="tsallis")
+def tsallis_divergence(p: Any, q: Any, alpha: float, **options: Unpack[Options]) -> Any:
+    """Tsallis relative entropy of order `alpha`, from 0: continuous at 1, KL(P, Q)."""
+    return _evaluate("tsallis", {"p": p, "q": q}, options, (alpha,))
+
+
+@documented(Options, operation="tv")
+def total_variation(p: Any, q: Any, **options: Unpack[Options]) -> Any:
+    """Total variation distance: the largest change in the probability of any set of tokens.
+
+    In [0, 1], without unit. Exchanging P and Q changes no bit.
+    """
+    return _evaluate("tv", {"p": p, "q": q}, options)
+
+
+@documented(Options, operation="hellinger2")
+def squared_hellinger(p: Any, q: Any, **options: Unpack[Options]) -> Any:
+    """Squared Hellinger distance, in [0, 1], without unit. Exchanging P and Q changes no bit."""
+    return _evaluate("hellinger2", {"p": p, "q": q}, options)
+
+
+@documented(Options, operation="chi2")
+def chi2_divergence(p: Any, q: Any, **options: Unpack[Options]) -> Any:
+    """Pearson's chi-squared divergence, without unit; +inf where P has mass and q = 0."""
+    return _evaluate("chi2", {"p": p, "q": q}, options)
+
+
+@documented(Options, operation="cross_entropy")
+def cross_entropy(p: Any, q: Any, **options: Unpack[Options]) -> Any:
+    """Cross-entropy of Q under P: the entropy of P plus KL(P, Q). Both are distributions.
+
+    For the loss of known next tokens take `token_log_probs`.
+    """
+    return _evaluate("cross_entropy", {"p": p, "q": q}, options)
+
+
+@documented(Options, "p", operation="entropy")
+def entropy(p: Any, **options: Unpack[Options]) -> Any:
+    """Shannon entropy of each row, from 0 to log V."""
+    return _evaluate("entropy", {"p": p}, options)
+
+
+@documented(Options, "p", operation="renyi_entropy")
+def renyi_entropy(p: Any, alpha: float, **options: Unpack[Options]) -> Any:
+    """Rényi entropy of order `alpha`, from 0 to infinity, both included.
+
+    Order 0 is the logarithm of the size of the support, 1 Shannon's entropy, 2 the collision
+    entropy, infinity -log of the largest probability. It does not increase in `alpha`.
+    """
+    return _evaluate("renyi_entropy", {"p": p}, options, (alpha,))
+
+
+@documented(Options, "x", operation="logsumexp")
+def logsumexp(x: Any, **options: Unpack[Options]) -> Any:
+    """Logarithm of the sum of exponentials of each row of x / T.
+
+    With input "probs" the entries are the exponentials. `base` divides the result by log(base).
+    """
+    return _evaluate("logsumexp", {"x": x}, options)
+
+
+@documented(Options, "logits", operation="token_log_probs")
+def token_log_probs(logits: Any, tokens: Any, **options: Unpack[Options]) -> Any:
+    """Log-probability of one token a row, exact also where it is close to 0.
+
+    `tokens` are integers from 0 to V - 1, of the shape of the batch or broadcasting to it: a list,
+    a NumPy array, or of the library of the logits. Raises IndexError with the first position that
+    is out of range; rows that `where` drops may hold anything, such as -100.
+    """
+    return _evaluate("token_log_probs", {"logits": logits}, options, tokens=("tokens", tokens))
+
+
+@documented(
+    ElementOptions,
+    "x",
+    returns="Log-probabilities, of the shape of `x` with V cut to vocab_size, as the same kind of "
+    "array; a\nrow that holds NaN or +inf, or only -inf, is all NaN, and so is one that `where` "
+    "drops.",
+)
+def log_softmax(x: Any, **options: Unpack[ElementOptions]) -> Any:
+    """Logarithm of the softmax of each row: log p = x / T - LSE(x / T).
+
+    `out` must not overlap `x`. The definition is Bridle, Probabilistic Interpretation of
+    Feedforward Network Outputs, 1990.
+    """
+    settings = check_options("log_softmax", options, ElementOptions)
+    batch = prepare({"x": x}, settings)
+    position = len(batch.shape) + 1 + batch.axis
+    shape = (*batch.shape[:position], batch.p.width, *batch.shape[position:])
+    dtype, target = target_of(batch, shape)
+    stored = None
+    if target is None:
+        stored, target = empty(shape, dtype)
+    elif overlap(target, view_of(x, batch.place, "x")):
+        raise ValueError("out overlaps x, which is read twice; accepted: memory of its own")
+    if not batch.idle:
+        into = rows_of(target, batch.axis, batch.shape, batch.p.width, "log_probs", 1.0)
+        batch.backend.log_softmax(batch.p, batch.rows, into)
+    table = np.moveaxis(memory(target, writable=True), batch.axis, -1)
+    if settings.base is not None:
+        for row in map(table.__getitem__, np.ndindex(batch.shape)):
+            row[...] = encode(decode(row, dtype) / settings.unit, dtype)
+    if batch.keep is not None:
+        table[~batch.keep.reshape(batch.shape)] = encode(np.array(np.nan), dtype)
+    return settings.out if stored is None else wrap(stored, dtype, batch.place, x)
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """What a call would run: prints as a list, and has the same entries by name."""
+
+    entries: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the entries by name."""
+        return dict(self.entries)
+
+    def __getitem__(self, name: str) -> Any:
+        return self.entries[name]
+
+    def __repr__(self) -> str:
+        width = max(map(len, self.entries))
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in self.entries.items())
+
+
+@documented(
+    CompareOptions,
+    returns="An object that prints as a list and whose `to_dict()` has the same entries: metric, "
+    "rows,\nvocabulary, input_bytes (what one read of the inputs moves), backend, and what the "
+    "backend says\nof itself: kernel, passes, threads.",
+)
+def explain(
+    p: Any, q: Any = None, metric: str = "kl", **options: Unpack[CompareOptions]
+) -> Explanation:
+    """What a call with these arguments would run. Nothing is computed.
+
+    `metric` is a name as for `compare`, or of any other function in the operation table; `q` is
+    None for functions of one batch.
+    """
+    operation = OPERATIONS.get(metric) or parse_metric(metric)[0]
+    if "q" in operation.rows and q is None:
+        raise TypeError(f"q is None; accepted: an array, because {metric!r} reads it")
+    settings = check_options("explain", options, CompareOptions)
+    batch = prepare({"p": p} if q is None else {"p": p, "q": q}, settings)
+    backend = next(name for name, module in MODULES.items() if module == batch.backend.__name__)
+    kept = batch.p.count if batch.rows is None else len(batch.rows)
+    read = [each for each in (batch.p, batch.q) if each is not None]
+    return Explanation(
+        {
+            "metric": metric,
+            "rows": kept,
+            "vocabulary": batch.p.width,
+            "input_bytes": sum(kept * each.width * FLOATS[each.dtype] for each in read),
+            "backend": backend,
+            **batch.backend.explain(operation.name, batch.p, batch.q),
+        }
+    )

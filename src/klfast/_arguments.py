@@ -1,0 +1,386 @@
+"""The keywords that all functions share: their checks, and results made as they ask for.
+
+Everything is checked before anything is computed. A message names the argument, what was given
+and what is accepted.
+"""
+
+import difflib
+import math
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ._arrays import (
+    Place,
+    Rows,
+    View,
+    dtype_name,
+    encode,
+    host_array,
+    memory,
+    place_of,
+    rows_of,
+    view_of,
+    wrap,
+)
+from ._dispatch import Backend, select
+
+__all__ = [
+    "Batch",
+    "CompareOptions",
+    "ElementOptions",
+    "Options",
+    "Settings",
+    "check_options",
+    "finish",
+    "prepare",
+    "result_shape",
+    "target_of",
+]
+
+INPUTS = ("logits", "log_probs", "probs")
+REDUCTIONS = ("none", "mean", "sum")
+
+
+class _SharedOptions(TypedDict, total=False):
+    axis: int
+    input: Literal["logits", "log_probs", "probs"]
+    temperature: float | tuple[float, float]
+    base: float | None
+    where: Any
+    vocab_size: int | None
+    dtype: Any
+    backend: Literal["auto", "reference", "cpu", "cuda"]
+
+
+class ElementOptions(_SharedOptions, total=False):
+    """Keywords of a function with one value an entry."""
+
+    out: Any
+
+
+class CompareOptions(_SharedOptions, total=False):
+    """Keywords of a function with many results."""
+
+    reduction: Literal["none", "mean", "sum"]
+
+
+class Options(ElementOptions, CompareOptions, total=False):
+    """Keywords of a function with one value a row."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The keywords of one call, with the defaults for those that were not given."""
+
+    axis: int = -1
+    input: str = "logits"
+    temperature: Any = 1.0
+    base: float | None = None
+    where: Any = None
+    vocab_size: int | None = None
+    reduction: str = "none"
+    dtype: Any = None
+    out: Any = None
+    backend: str = "auto"
+
+    @property
+    def unit(self) -> float:
+        """The unit of results that are logarithms, in nats."""
+        return 1.0 if self.base is None else math.log(self.base)
+
+
+DEFAULTS = {field.name: field.default for field in fields(Settings)}
+
+
+def check_options(function: str, options: Mapping[str, Any], accepted: type) -> Settings:
+    """The settings of a call of `function`, which takes the keywords of `accepted`."""
+    names = [name for name in DEFAULTS if name in accepted.__annotations__]
+    for name in options:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise TypeError(
+                f"{function}() got an unexpected keyword argument {name!r}{hint}; accepted: "
+                f"{', '.join(names)}"
+            )
+    settings = Settings(**options)
+    _one_of("input", settings.input, INPUTS)
+    _one_of("reduction", settings.reduction, REDUCTIONS)
+    if settings.base is not None and not 1 < _number("base", settings.base) < math.inf:
+        raise ValueError(f"base is {settings.base!r}; accepted: None (nats) or a number above 1")
+    return settings
+
+
+@dataclass(slots=True, eq=False)
+class Batch:
+    """Checked arguments of a call, as a backend takes them."""
+
+    like: Any  # the first array, whose library and device the result gets
+    place: Place
+    backend: Backend
+    shape: tuple[int, ...]  # of the batch
+    axis: int  # negative
+    widest: str  # the result dtype, unless another is asked for
+    p: Rows
+    q: Rows | None
+    keep: NDArray[np.bool_] | None  # one a row; None is all
+    rows: NDArray[np.int64] | None  # the row numbers that are kept; None is all
+    tokens: NDArray[np.int64] | None
+    settings: Settings
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is no row to read."""
+        return self.p.count == 0 or (self.rows is not None and len(self.rows) == 0)
+
+    def empty_values(self) -> NDArray[np.float64]:
+        """Room for one value a row, which holds NaN where rows are not kept."""
+        return np.empty(self.p.count) if self.rows is None else np.full(self.p.count, np.nan)
+
+
+def prepare(
+    arrays: Mapping[str, Any], settings: Settings, tokens: tuple[str, Any] | None = None
+) -> Batch:
+    """Check the arrays of a call, one or two by name, and the keywords that concern them."""
+    names = " and ".join(arrays)
+    places = {name: place_of(x, name) for name, x in arrays.items()}
+    place = next(iter(places.values()))
+    if any(each != place for each in places.values()):
+        given = ", ".join(f"{name} is {each}" for name, each in places.items())
+        raise TypeError(f"{given}; accepted: arrays of one library on one device")
+    if place.device != "cpu":
+        select(settings.backend, place.device)  # raises before memory is asked for
+    views = {name: view_of(x, place, name) for name, x in arrays.items()}
+
+    axis = _axis(settings.axis, views)
+    widths = {name: view.shape[axis] for name, view in views.items()}
+    width = _width(widths, settings.vocab_size)
+    shapes = [_without(view.shape, axis) for view in views.values()]
+    try:
+        shape = shapes[0] if shapes[0] == shapes[-1] else np.broadcast_shapes(*shapes)
+    except ValueError:
+        given = " and ".join(str(view.shape) for view in views.values())
+        raise ValueError(
+            f"{names} have shapes {given}; accepted: batch axes (all but axis {settings.axis}) "
+            f"that broadcast, and these are {' and '.join(map(str, shapes))}"
+        ) from None
+
+    temperatures = _temperatures(settings.temperature, len(views))
+    rows = [
+        rows_of(view, axis, shape, width, settings.input, temperature)
+        for view, temperature in zip(views.values(), temperatures, strict=True)
+    ]
+    keep = _keep(settings.where, shape, place)
+    kept = None if keep is None or keep.all() else np.flatnonzero(keep)
+    return Batch(
+        like=next(iter(arrays.values())),
+        place=place,
+        backend=select(settings.backend, place.device),
+        shape=shape,
+        axis=axis,
+        widest="float64" if any(view.dtype == "float64" for view in views.values()) else "float32",
+        p=rows[0],
+        q=rows[1] if len(rows) > 1 else None,
+        keep=None if kept is None else keep,
+        rows=kept,
+        tokens=None if tokens is None else _tokens(*tokens, shape, width, keep, place),
+        settings=settings,
+    )
+
+
+def target_of(batch: Batch, shape: tuple[int, ...]) -> tuple[str, View | None]:
+    """The dtype of a result of this shape, and the memory of `out` if it was given."""
+    settings, place = batch.settings, batch.place
+    dtype = None if settings.dtype is None else dtype_name(settings.dtype, "dtype")
+    out = settings.out
+    if out is None:
+        dtype = dtype or batch.widest
+        if dtype == "float64" and place.kind == "JAX" and not _jax_has_float64():
+            raise ValueError(
+                "dtype is float64, which JAX has switched off; accepted: another dtype, or set "
+                "jax.config.update('jax_enable_x64', True)"
+            )
+        return dtype, None
+    given = place_of(out, "out")
+    if given != place or place.kind not in ("NumPy", "PyTorch"):
+        raise TypeError(
+            f"out is {given}, and the inputs are {place}; accepted: None, "
+            "or, for NumPy and PyTorch, an array of the same library on the same device"
+        )
+    view = view_of(out, place, "out")
+    if view.shape != shape:
+        raise ValueError(f"out has shape {view.shape}; accepted: {shape}")
+    if dtype not in (None, view.dtype):
+        raise TypeError(f"out has dtype {view.dtype}; accepted: {dtype}, as given by dtype=")
+    if place.kind == "NumPy" and not out.flags.writeable:
+        raise ValueError("out is read-only; accepted: an array that can be written to")
+    if place.kind == "PyTorch" and out.requires_grad:
+        raise ValueError("out requires a gradient; accepted: a tensor that does not (out.detach())")
+    if any(n > 1 and step == 0 for n, step in zip(view.shape, view.strides, strict=True)):
+        raise ValueError("out repeats the same memory along an axis; accepted: one that does not")
+    return view.dtype, view
+
+
+def finish(
+    batch: Batch,
+    values: NDArray[np.float64],
+    logarithmic: bool,
+    dtype: str,
+    target: View | None = None,
+) -> Any:
+    """One value a row, in nats, as the result that the settings ask for."""
+    settings = batch.settings
+    with np.errstate(all="ignore"):  # infinities and NaN are results like others
+        if logarithmic and settings.base is not None:
+            values = values / settings.unit
+        if settings.reduction == "none":
+            values = values.reshape(batch.shape)
+        else:
+            kept = values if batch.rows is None else values[batch.rows]
+            total = float(np.add.reduce(kept))
+            if settings.reduction == "mean":
+                total = total / len(kept) if len(kept) else math.nan
+            values = np.array(total)
+    stored = encode(values, dtype)
+    if target is None:
+        return wrap(stored, dtype, batch.place, batch.like)
+    memory(target, writable=True)[...] = stored
+    return settings.out
+
+
+def result_shape(batch: Batch) -> tuple[int, ...]:
+    """The shape of a result with one value a row, after the reduction."""
+    return batch.shape if batch.settings.reduction == "none" else ()
+
+
+def _one_of(argument: str, value: object, accepted: tuple[str, ...]) -> None:
+    if value not in accepted:
+        raise ValueError(f"{argument} is {value!r}; accepted: {', '.join(map(repr, accepted))}")
+
+
+def _number(argument: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"{argument} is {value!r}, of type {type(value).__name__}; accepted: a number"
+        ) from None
+
+
+def _index(argument: str, value: Any, accepted: str) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(
+            f"{argument} is {value!r}, of type {type(value).__name__}; accepted: {accepted}"
+        )
+    return operator.index(value)
+
+
+def _axis(axis: Any, views: Mapping[str, View]) -> int:
+    """The vocabulary axis, counted from the end, which arrays of different ranks have in common."""
+    for name, view in views.items():
+        if not view.shape:
+            raise ValueError(f"{name} is a single number, of shape (); accepted: shape (..., V)")
+    most = max(len(view.shape) for view in views.values())
+    given = _index("axis", axis, "a whole number")
+    counted = given - most if given >= 0 else given
+    for name, view in views.items():
+        if not -len(view.shape) <= counted < 0:
+            raise ValueError(
+                f"axis is {given}, and {name} has shape {view.shape}; accepted: -{len(view.shape)} "
+                f"to {most - 1}, where 0 and above count in the result of broadcasting"
+            )
+    return counted
+
+
+def _width(widths: Mapping[str, int], vocab_size: Any) -> int:
+    names, given = " and ".join(widths), " and ".join(map(str, widths.values()))
+    smallest = min(widths.values())
+    if smallest == 0:
+        raise ValueError(f"{names}: vocabulary of {given} entries; accepted: at least 1")
+    if vocab_size is None:
+        if len(set(widths.values())) > 1:
+            raise ValueError(
+                f"{names} have vocabularies of {given} entries; accepted: the same number, or "
+                f"vocab_size={smallest} to read only the first {smallest} of each"
+            )
+        return smallest
+    accepted = f"None, or a whole number from 1 to {smallest}"
+    size = _index("vocab_size", vocab_size, accepted)
+    if not 1 <= size <= smallest:
+        raise ValueError(
+            f"vocab_size is {size}, and {names} hold {given} entries; accepted: {accepted}"
+        )
+    return size
+
+
+def _temperatures(temperature: Any, count: int) -> tuple[float, ...]:
+    pair = isinstance(temperature, tuple | list)
+    given = tuple(temperature) if pair else (temperature,) * count
+    accepted = "a number above 0" + ", or a pair of them" * (count == 2)
+    if len(given) != count or (pair and count == 1):
+        raise ValueError(f"temperature is {temperature!r}; accepted: {accepted}")
+    values = tuple(_number("temperature", each) for each in given)
+    if not all(0 < value < math.inf for value in values):
+        raise ValueError(f"temperature is {temperature!r}; accepted: {accepted}")
+    return values
+
+
+def _a_row(argument: str, x: Any, shape: tuple[int, ...], place: Place) -> NDArray[Any]:
+    """An argument with one entry a row, broadcast to the batch."""
+    array = host_array(x, argument, place)
+    try:
+        return np.broadcast_to(array, shape)
+    except ValueError:
+        raise ValueError(
+            f"{argument} has shape {array.shape}; accepted: {shape}, one entry a row, or what "
+            "broadcasts to it"
+        ) from None
+
+
+def _keep(where: Any, shape: tuple[int, ...], place: Place) -> NDArray[np.bool_] | None:
+    if where is None:
+        return None
+    keep = _a_row("where", where, shape, place)
+    if keep.dtype != np.bool_:
+        raise TypeError(f"where has dtype {keep.dtype}; accepted: boolean")
+    return keep.ravel()
+
+
+def _tokens(
+    argument: str,
+    tokens: Any,
+    shape: tuple[int, ...],
+    width: int,
+    keep: NDArray[np.bool_] | None,
+    place: Place,
+) -> NDArray[np.int64]:
+    given = _a_row(argument, tokens, shape, place)
+    if given.dtype.kind not in "iu":
+        raise TypeError(f"{argument} has dtype {given.dtype}; accepted: integers")
+    # Rows that are not kept may hold anything, such as the -100 of many data sets.
+    bad = (given < 0) | (given >= width)
+    if keep is not None:
+        bad &= keep.reshape(shape)
+    if bad.any():
+        first = tuple(int(each) for each in np.argwhere(bad)[0])
+        where = f"[{', '.join(map(str, first))}]" if first else ""
+        raise IndexError(
+            f"{argument}{where} is {given[first]}; accepted: 0 to {width - 1}, the vocabulary"
+        )
+    return given.astype(np.int64).ravel()
+
+
+def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+    position = len(shape) + axis
+    return shape[:position] + shape[position + 1 :]
+
+
+def _jax_has_float64() -> bool:
+    import jax  # the inputs are arrays of it
+
+    return bool(jax.dtypes.canonicalize_dtype(np.float64) == np.float64)

@@ -1,0 +1,379 @@
+"""Arrays of any library as views of their memory, and results as arrays of the same library.
+
+A library is looked at only if the user has imported it: nothing here imports one.
+"""
+
+import ctypes
+import math
+import sys
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = [
+    "FLOATS",
+    "Place",
+    "Rows",
+    "View",
+    "decode",
+    "dtype_name",
+    "empty",
+    "encode",
+    "host_array",
+    "memory",
+    "overlap",
+    "place_of",
+    "plain_rows",
+    "rows_of",
+    "view_of",
+    "wrap",
+]
+
+FLOATS = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}  # name -> bytes
+ACCEPTED = "NumPy, PyTorch, JAX or CuPy arrays, and anything with __dlpack__"
+# NumPy itself has no bfloat16: its bits travel as uint16.
+STORAGE = {name: np.dtype("uint16" if name == "bfloat16" else name) for name in FLOATS}
+# Keyed by dtype because reading dtype.name costs a microsecond. Other byte orders are not in it.
+NATIVE = {np.dtype(name): name for name in FLOATS if name != "bfloat16"}
+
+HOST_DEVICES = {1, 3, 11}  # DLPack's CPU, and host memory pinned for CUDA or ROCm
+CUDA_DEVICES = {2, 13}  # DLPack's CUDA, and CUDA managed memory
+# Name of a capsule -> bytes before the tensor in it.
+DLPACK_CAPSULES = {b"dltensor_versioned": 32, b"dltensor": 0}
+DLPACK_CODES = {0: "int", 1: "uint", 2: "float", 4: "bfloat", 5: "complex", 6: "bool"}
+
+
+@dataclass(slots=True, eq=False)
+class Rows:
+    """A batch of rows in memory, as backends see it. Never changed once made."""
+
+    owner: object  # keeps the memory alive
+    address: int  # of the first entry of row 0
+    dtype: str  # "float16", "bfloat16", "float32" or "float64"
+    count: int  # rows, after the batch axes are broadcast
+    width: int  # entries of a row that are read
+    stride: int  # bytes from an entry to the next
+    row_stride: int  # bytes from a row to the next; 0 where one row is repeated
+    offsets: NDArray[np.int64] | None  # bytes from row 0 to each row, if no one stride gives them
+    input: str  # "logits", "log_probs" or "probs"
+    temperature: float
+
+
+@dataclass(slots=True, eq=False)
+class View:
+    """Where an array lies in memory, whatever library it belongs to."""
+
+    owner: object
+    address: int
+    dtype: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]  # bytes
+
+
+class Place(NamedTuple):
+    """The library an array belongs to, and the device it lives on: "cpu", "cuda:0", ..."""
+
+    kind: str
+    device: str
+
+    def __str__(self) -> str:
+        return f"a {self.kind} array on {self.device}"
+
+
+class Memory:
+    """Lends the memory of a view to NumPy, writable or not, with strides of any sign."""
+
+    def __init__(self, view: View, writable: bool) -> None:
+        self.owner = view.owner
+        self.__array_interface__ = {
+            "version": 3,
+            "data": (view.address, not writable),
+            "typestr": STORAGE[view.dtype].str,
+            "shape": view.shape,
+            "strides": view.strides,
+        }
+
+
+class _DLTensor(ctypes.Structure):
+    """The C structure in a DLPack capsule."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("device_type", ctypes.c_int32),
+        ("device_id", ctypes.c_int32),
+        ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("byte_offset", ctypes.c_uint64),
+    )
+
+
+_capsule_is_valid = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.c_char_p)(
+    ("PyCapsule_IsValid", ctypes.pythonapi)
+)
+_capsule_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
+    ("PyCapsule_GetPointer", ctypes.pythonapi)
+)
+
+
+def plain_rows(x: NDArray[Any]) -> Rows | None:
+    """Rows of logits of a non-empty C-contiguous NumPy array; None for any other NumPy array.
+
+    This is the way of small calls, where the checks of `view_of` would cost more than the kernel.
+    """
+    dtype = NATIVE.get(x.dtype)
+    flags = x.flags
+    if dtype is None or not flags.c_contiguous or not flags.aligned or not x.size or not x.ndim:
+        return None
+    width = x.shape[-1]
+    size = FLOATS[dtype]
+    address: int = x.__array_interface__["data"][0]
+    row_stride = width * size
+    return Rows(x, address, dtype, x.size // width, width, size, row_stride, None, "logits", 1.0)
+
+
+def place_of(x: Any, argument: str) -> Place:
+    """Whose array `x` is and where it lives; TypeError where it is none that can be read."""
+    if isinstance(x, np.ndarray):
+        if isinstance(x, np.ma.MaskedArray):
+            raise TypeError(
+                f"{argument} is a NumPy masked array, whose mask would be lost; accepted: "
+                f"{ACCEPTED} (pass {argument}.data, and the rows to keep as where=)"
+            )
+        return Place("NumPy", "cpu")
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(x, torch.Tensor):
+        return Place("PyTorch", str(x.device))
+    jax = sys.modules.get("jax")
+    if jax is not None and isinstance(x, jax.Array):
+        if isinstance(x, jax.core.Tracer):
+            raise TypeError(
+                f"{argument} is being traced by a JAX transformation such as jax.jit; accepted: "
+                "JAX arrays that hold values"
+            )
+        if len(x.devices()) > 1:
+            raise TypeError(
+                f"{argument} is a JAX array spread over {len(x.devices())} devices; accepted: "
+                "JAX arrays on one device"
+            )
+    elif not (hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__")):
+        raise TypeError(f"{argument} is of type {type(x).__name__}; accepted: {ACCEPTED}")
+    library = type(x).__module__.partition(".")[0]
+    kind = {"jaxlib": "JAX", "cupy": "CuPy"}.get(library, library)
+    device, number = x.__dlpack_device__()
+    if int(device) in HOST_DEVICES:
+        return Place(kind, "cpu")
+    name = "cuda" if int(device) in CUDA_DEVICES else f"DLPack device type {int(device)}"
+    return Place(kind, f"{name}:{int(number)}")
+
+
+def view_of(x: Any, place: Place, argument: str) -> View:
+    """The memory of the array `x` on the host, never a copy.
+
+    TypeError for a dtype, byte order or layout that cannot be read, ValueError for unaligned data.
+    """
+    if place.kind == "NumPy":
+        view = _numpy_view(x, argument)
+    elif place.kind == "PyTorch":
+        view = _torch_view(x, argument)
+    else:
+        view = _dlpack_view(x, argument)
+    size = FLOATS[view.dtype]
+    steps = (step for step, length in zip(view.strides, view.shape, strict=True) if length > 1)
+    if math.prod(view.shape) and any(distance % size for distance in (view.address, *steps)):
+        raise ValueError(
+            f"{argument} has {view.dtype} entries at addresses that are not multiples of {size}, "
+            "as in packed records; accepted: aligned arrays (np.require(x, requirements='A'))"
+        )
+    return view
+
+
+def _numpy_view(x: NDArray[Any], argument: str) -> View:
+    if not x.dtype.isnative:
+        raise TypeError(
+            f"{argument} has dtype {x.dtype.str}, not in the byte order of this machine; accepted: "
+            f"native {', '.join(FLOATS)} (x.astype(x.dtype.newbyteorder('=')))"
+        )
+    dtype = _float_name(NATIVE.get(x.dtype) or x.dtype.name, argument)
+    return View(x, x.__array_interface__["data"][0], dtype, x.shape, x.strides)
+
+
+def _torch_view(x: Any, argument: str) -> View:
+    dtype = _float_name(str(x.dtype).removeprefix("torch."), argument)
+    if str(x.layout) != "torch.strided" or x.is_neg():
+        raise TypeError(
+            f"{argument} is a PyTorch tensor that is sparse, or not yet materialized; accepted: "
+            "strided tensors (x.to_dense(), x.resolve_neg())"
+        )
+    strides = tuple(step * FLOATS[dtype] for step in x.stride())
+    return View(x, x.data_ptr(), dtype, tuple(x.shape), strides)
+
+
+def _dlpack_view(x: Any, argument: str) -> View:
+    if hasattr(x, "block_until_ready"):  # JAX computes behind the caller's back
+        x.block_until_ready()
+    try:
+        capsule = x.__dlpack__(max_version=(1, 0))
+    except TypeError:  # an exporter of the first protocol, which has no such argument
+        capsule = x.__dlpack__()
+    # Never renamed to "used_...", the capsule frees the tensor when it is itself freed.
+    name = next(name for name in DLPACK_CAPSULES if _capsule_is_valid(capsule, name))
+    tensor = _DLTensor.from_address(_capsule_pointer(capsule, name) + DLPACK_CAPSULES[name])
+    code = DLPACK_CODES.get(tensor.code, f"DLPack type {tensor.code} of bits ")
+    dtype = _float_name(f"{code}{tensor.bits}" + f"x{tensor.lanes}" * (tensor.lanes > 1), argument)
+    shape = tuple(tensor.shape[: tensor.ndim])
+    if tensor.strides:
+        steps = tuple(tensor.strides[: tensor.ndim])
+    else:  # C-contiguous
+        steps = tuple(math.prod(shape[axis + 1 :]) for axis in range(tensor.ndim))
+    address = (tensor.data or 0) + tensor.byte_offset
+    return View(capsule, address, dtype, shape, tuple(step * FLOATS[dtype] for step in steps))
+
+
+def _float_name(name: str, argument: str) -> str:
+    if name not in FLOATS:
+        raise TypeError(f"{argument} has dtype {name}; accepted: {', '.join(FLOATS)}")
+    return name
+
+
+def rows_of(
+    view: View, axis: int, shape: tuple[int, ...], width: int, input: str, temperature: float
+) -> Rows:
+    """The first `width` entries along `axis` (negative) of every row, broadcast to `shape`."""
+    position = len(view.shape) + axis
+    lengths = view.shape[:position] + view.shape[position + 1 :]
+    steps = view.strides[:position] + view.strides[position + 1 :]
+    missing = len(shape) - len(lengths)
+    steps = (0,) * missing + tuple(
+        0 if length == 1 else step for length, step in zip(lengths, steps, strict=True)
+    )
+    count = math.prod(shape)
+    # Neighbouring axes that follow each other in memory are one axis.
+    merged: list[tuple[int, int]] = []
+    for length, step in zip(shape, steps, strict=True):
+        if length == 1:
+            continue
+        if merged and merged[-1][1] == step * length:
+            merged[-1] = (merged[-1][0] * length, step)
+        else:
+            merged.append((length, step))
+    row_stride = merged[-1][1] if merged else 0
+    offsets = None
+    if len(merged) > 1 and count:
+        offsets = np.zeros(1, np.int64)
+        for length, step in merged:
+            offsets = np.add.outer(offsets, np.arange(length, dtype=np.int64) * step).ravel()
+        row_stride = 0
+    stride = view.strides[position]
+    return Rows(
+        view.owner,
+        view.address,
+        view.dtype,
+        count,
+        width,
+        stride,
+        row_stride,
+        offsets,
+        input,
+        temperature,
+    )
+
+
+def memory(view: View, writable: bool = False) -> NDArray[Any]:
+    """The memory of a view as a NumPy array; bfloat16 as its bits, in uint16."""
+    return np.asarray(Memory(view, writable))
+
+
+def empty(shape: tuple[int, ...], dtype: str) -> tuple[NDArray[Any], View]:
+    """New memory as `memory` gives it, and its view."""
+    stored = np.empty(shape, STORAGE[dtype])
+    address = stored.__array_interface__["data"][0]
+    return stored, View(stored, address, dtype, shape, stored.strides)
+
+
+def overlap(one: View, other: View) -> bool:
+    """Whether two views share memory."""
+    return np.shares_memory(memory(one), memory(other))
+
+
+def decode(stored: NDArray[Any], dtype: str) -> NDArray[np.float64]:
+    """Entries as `memory` gives them, converted exactly to float64."""
+    if dtype == "bfloat16":
+        stored = (stored.astype(np.uint32) << 16).view(np.float32)
+    return stored.astype(np.float64)
+
+
+def encode(values: NDArray[np.float64], dtype: str) -> NDArray[Any]:
+    """Round float64 values once to `dtype`, to nearest even; bfloat16 as its bits, in uint16."""
+    with np.errstate(all="ignore"):  # a value above the range becomes an infinity, as in hardware
+        if dtype != "bfloat16":
+            return values.astype(dtype)
+        # First to 8 significant bits within float64, then to float32 which holds those exactly.
+        bits = np.array(values, np.float64).view(np.uint64)
+        bits += 0xFFF_FFFF_FFFF + ((bits >> 45) & 1)
+        bits &= np.uint64(0xFFFF_E000_0000_0000)
+        single = bits.view(np.float64).astype(np.float32).view(np.uint32)
+        # Below the normal range of float32 fewer bits are left: round there again.
+        single += 0x7FFF + ((single >> 16) & 1)
+        return np.where(np.isnan(values), 0x7FC0, single >> 16).astype(np.uint16)
+
+
+def wrap(stored: NDArray[Any], dtype: str, place: Place, like: Any) -> Any:
+    """Entries as `encode` gives them, as an array of the library and on the device of `like`.
+
+    Where there are no axes, NumPy gets a scalar, as NumPy's own reductions give.
+    """
+    if place.kind == "PyTorch":
+        torch = sys.modules["torch"]
+        tensor = torch.from_numpy(stored)
+        return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor
+    if dtype == "bfloat16":
+        stored = stored.view(numpy_bfloat16())
+    if place.kind == "JAX":
+        return sys.modules["jax"].device_put(stored, like.device)
+    if place.kind != "NumPy" and hasattr(like, "__array_namespace__"):
+        return like.__array_namespace__().from_dlpack(stored)
+    return stored[()]
+
+
+def numpy_bfloat16() -> np.dtype[Any]:
+    """NumPy's bfloat16, which the package ml_dtypes defines."""
+    try:
+        from ml_dtypes import bfloat16
+    except ImportError:
+        raise TypeError(
+            "dtype is bfloat16, which NumPy has through ml_dtypes (pip install ml_dtypes)"
+        ) from None
+    dtype: np.dtype[Any] = np.dtype(bfloat16)
+    return dtype
+
+
+def dtype_name(dtype: Any, argument: str) -> str:
+    """The name of a result dtype given as text, or as a dtype of NumPy, PyTorch or JAX."""
+    name = str(dtype).removeprefix("torch.")
+    if name not in FLOATS:
+        try:
+            name = np.dtype(dtype).name
+        except TypeError:
+            name = repr(dtype)
+    return _float_name(name, argument)
+
+
+def host_array(x: Any, argument: str, place: Place) -> NDArray[Any]:
+    """An array with one entry a row, such as targets, as NumPy sees it.
+
+    It is a number, a list, a NumPy array, or of the library and device of the logits (`place`).
+    """
+    if isinstance(x, bool | int | list | tuple | np.generic):
+        return np.asarray(x)
+    given = place_of(x, argument)
+    if given.device != "cpu" or given.kind not in ("NumPy", place.kind):
+        raise TypeError(f"{argument} is {given}, and the logits are {place}; accepted: the same")
+    if given.kind == "PyTorch":
+        return np.asarray(x.detach())
+    return np.asarray(x) if hasattr(x, "__array__") else np.from_dlpack(x)

@@ -1,0 +1,230 @@
+"""Which backend runs a call, and what can be asked about it."""
+
+import operator
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, Protocol, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ._arrays import Rows, dtype_name
+from ._operations import OPERATIONS, parse_metric
+from .errors import BackendUnavailable
+
+__all__ = [
+    "Backend",
+    "BackendStatus",
+    "backends",
+    "get_num_threads",
+    "select",
+    "set_num_threads",
+    "warmup",
+]
+
+# Where each backend lives, and the device whose memory it reads.
+MODULES = {
+    "cpu": "klfast.kernels.cpu",
+    "cuda": "klfast.kernels.cuda",
+    "reference": "klfast._reference_backend",
+}
+DEVICES = {"cpu": "cpu", "cuda": "cuda", "reference": "cpu"}
+CHOICES = ("auto", *MODULES)
+
+
+class Backend(Protocol):
+    """What the module of a backend offers. Values are float64, in nats, one a row."""
+
+    __name__: str
+
+    def available(self) -> str | None:
+        """Return None, or why the backend cannot be used here."""
+
+    def run(
+        self,
+        name: str,
+        p: Rows,
+        q: Rows | None,
+        parameters: tuple[float, ...],
+        rows: NDArray[np.int64] | None,
+        out: NDArray[np.float64],
+        tokens: NDArray[np.int64] | None = None,
+    ) -> None:
+        """Write the values of one operation into `out`, for the row numbers in `rows`."""
+
+    def log_softmax(self, x: Rows, rows: NDArray[np.int64] | None, out: Rows) -> None:
+        """Write log-probabilities into the memory of `out`."""
+
+    def compare(
+        self,
+        metrics: Sequence[tuple[str, tuple[float, ...]]],
+        p: Rows,
+        q: Rows,
+        rows: NDArray[np.int64] | None,
+        tokens: NDArray[np.int64] | None,
+    ) -> list[NDArray[np.float64]]:
+        """Return the values of many operations, from one read of main memory."""
+
+    def explain(self, name: str, p: Rows, q: Rows | None) -> dict[str, object]:
+        """Return what `run` would do: kernel, passes, threads."""
+
+    def set_num_threads(self, count: int) -> None:
+        """Use this many threads from now on."""
+
+    def get_num_threads(self) -> int:
+        """Return how many threads are used."""
+
+    def warmup(self, names: Sequence[str], dtypes: Sequence[str]) -> None:
+        """Compile, or load from the disk cache, what these operations need."""
+
+    def info(self) -> dict[str, object]:
+        """Return what `klfast info` shows."""
+
+
+@dataclass(frozen=True, slots=True)
+class BackendStatus:
+    """Whether a backend can be used; true in a condition if so. `reason` says why not."""
+
+    name: str
+    reason: str | None
+
+    @property
+    def usable(self) -> bool:
+        """Whether calls can run on it."""
+        return self.reason is None
+
+    def __bool__(self) -> bool:
+        return self.usable
+
+    def __repr__(self) -> str:
+        return "usable" if self.reason is None else f"not usable: {self.reason}"
+
+
+# Backends that were selected before, by name and device: a warning is given once.
+_selected: dict[tuple[str, str], Backend] = {}
+
+
+def load(name: str) -> Backend:
+    """Import a backend, or raise BackendUnavailable with the reason."""
+    module = MODULES[name]
+    try:
+        backend = cast(Backend, import_module(module))
+        reason = backend.available()
+    except ModuleNotFoundError as error:
+        if error.name == module:
+            reason = f"this version of klfast has no {name} kernels"
+        else:
+            reason = f"{error.name} is not installed"
+    except Exception as error:  # whatever a broken installation raises is the reason
+        reason = f"importing it raised {type(error).__name__}: {error}"
+    if reason is not None:
+        raise BackendUnavailable(f"backend {name!r} cannot be used: {reason}")
+    return backend
+
+
+def select(name: str, device: str) -> Backend:
+    """Return the backend for `backend=name` and arrays on `device`, loading it the first time.
+
+    "auto" takes the compiled backend of the device. Where that one cannot be used, arrays on the
+    host fall back to the reference, with one RuntimeWarning a process; others have no fallback,
+    because nothing moves between host and device silently.
+    """
+    backend = _selected.get((name, device))
+    if backend is None:
+        backend = _selected[name, device] = _first_selection(name, device)
+    return backend
+
+
+def _first_selection(name: str, device: str) -> Backend:
+    if name not in CHOICES:
+        raise ValueError(f"backend is {name!r}; accepted: {', '.join(map(repr, CHOICES))}")
+    family = device.partition(":")[0]
+    if name != "auto":
+        backend = load(name)
+        if DEVICES[name] != family:
+            raise BackendUnavailable(
+                f"backend {name!r} reads memory of {DEVICES[name]}, and the arrays are on "
+                f"{device}; nothing is moved between devices unasked"
+            )
+        return backend
+    if family not in MODULES:
+        raise BackendUnavailable(f"no backend reads arrays on {device}; accepted: cpu, cuda")
+    try:
+        return load(family)
+    except BackendUnavailable as error:
+        if family != "cpu":
+            raise BackendUnavailable(
+                f"the arrays are on {device}, and {error}; move them to the host yourself to "
+                "have them read there"
+            ) from None
+        warnings.warn(
+            f"klfast runs on its slow NumPy reference, because {error}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return load("reference")
+
+
+def backends() -> dict[str, BackendStatus]:
+    """Return which backends are usable, and why the others are not.
+
+    The values are true where usable, hold the `reason` otherwise, and print as either. Asking
+    imports the backends.
+    """
+    statuses = {}
+    for name in MODULES:
+        try:
+            load(name)
+            reason = None
+        except BackendUnavailable as error:
+            reason = str(error).partition("cannot be used: ")[2]
+        statuses[name] = BackendStatus(name, reason)
+    return statuses
+
+
+def set_num_threads(threads: int) -> None:
+    """Set how many threads the CPU backend uses, from 1 to the number of processors.
+
+    Only klfast's own setting changes, for the calls of this process. The number of threads never
+    changes a bit of a result. Raises BackendUnavailable where the CPU backend cannot be used.
+    """
+    if isinstance(threads, bool) or not hasattr(threads, "__index__"):
+        raise TypeError(f"threads is {threads!r}; accepted: a whole number from 1")
+    count = operator.index(threads)
+    if count < 1:
+        raise ValueError(f"threads is {count}; accepted: a whole number from 1")
+    load("cpu").set_num_threads(count)
+
+
+def get_num_threads() -> int:
+    """Return how many threads the CPU backend uses."""
+    return load("cpu").get_num_threads()
+
+
+def warmup(
+    metrics: str | Sequence[str] | None = None,
+    dtypes: Any = ("float32",),
+    *,
+    backend: str = "auto",
+) -> None:
+    """Compile now, or load from the disk cache, what later calls would compile on first use.
+
+    `metrics` are names as for `compare`, or of any other function in the operation table; None is
+    all of them. Parameters such as the order of a Rényi divergence are run-time arguments: "renyi"
+    serves every order. `dtypes` are those of the arrays to come.
+    """
+    if metrics is None:
+        names = tuple(OPERATIONS)
+    else:
+        given = (metrics,) if isinstance(metrics, str) else metrics
+        names = tuple(
+            dict.fromkeys(
+                text if text in OPERATIONS else parse_metric(text)[0].name for text in given
+            )
+        )
+    wanted = (dtypes,) if isinstance(dtypes, str) or not hasattr(dtypes, "__len__") else dtypes
+    select(backend, "cuda" if backend == "cuda" else "cpu").warmup(
+        names, tuple(dtype_name(dtype, "dtypes") for dtype in wanted)
+    )

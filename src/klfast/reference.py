@@ -1,0 +1,569 @@
+"""Float64 NumPy reference of every function of klfast, readable like its formula.
+
+Every function takes array-likes of any floating dtype (bfloat16 of ml_dtypes included), converts
+them exactly to float64, broadcasts the batch axes and returns float64 in nats, one value a row.
+P = softmax(p / T) and Q = softmax(q / T) along ``axis``; keywords, common to all functions:
+
+- ``axis``: the vocabulary axis, default -1;
+- ``temperature``: T > 0, or for two rows a pair (T_p, T_q), default 1;
+- ``input``: "logits", "log_probs" (normalized again) or "probs" (weights, normalized again).
+
+A row that holds NaN or +inf, that is all -inf (all zero for "probs"), or that has a negative
+weight gives NaN. Arguments are not checked here: the public functions do that.
+
+Notation: a = log p, b = log q, d = a - b. As P and Q both sum to 1, every divergence is a sum of
+terms that are each >= 0. They are written that way, so that the relative accuracy does not depend
+on the size of the result: about 1e-14, and 1e-15 * log(result) for results that are exponentials
+of large exponents. Nothing here is shared with the kernels, which are held against it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from typing import ParamSpec, TypedDict, Unpack
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Array = NDArray[np.float64]
+
+_LARGEST = float(np.finfo(np.float64).max)
+_Arguments = ParamSpec("_Arguments")
+
+
+class RowOptions(TypedDict, total=False):
+    """Keywords of the functions of one batch of rows."""
+
+    axis: int
+    temperature: float
+    input: str
+
+
+class PairOptions(TypedDict, total=False):
+    """Keywords of the functions of two batches of rows."""
+
+    axis: int
+    temperature: float | tuple[float, float]
+    input: str
+
+
+def _silent(function: Callable[_Arguments, Array]) -> Callable[_Arguments, Array]:
+    """Infinities and NaN are data here: no floating-point warning leaves ``function``."""
+
+    @wraps(function)
+    def silenced(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> Array:
+        with np.errstate(all="ignore"):
+            return function(*args, **kwargs)
+
+    return silenced
+
+
+# Elementary functions that do not cancel
+
+
+def _phi(t: Array) -> Array:
+    """exp(t) - 1 - t; by its Taylor series where abs(t) < 1, as the difference cancels there."""
+    small = np.clip(t, -1.0, 1.0)
+    series = np.zeros_like(small)
+    for k in range(19, 1, -1):
+        series = series * small + 1.0 / math.factorial(k)
+    return np.where(np.abs(t) < 1.0, series * small * small, np.expm1(t) - t)
+
+
+def _scaled_expm1(log_p: Array, t: Array) -> Array:
+    """p (exp(t) - 1), also where exp(t) overflows or p underflows; 0 where p = 0."""
+    p = np.exp(log_p)
+    far = np.exp(np.where(log_p == -np.inf, -np.inf, log_p + t)) - p
+    return np.where(np.abs(t) < 1.0, p * np.expm1(t), far)
+
+
+def _scaled_phi(log_p: Array, t: Array) -> Array:
+    """p (exp(t) - 1 - t), also where exp(t) overflows or p underflows."""
+    p = np.exp(log_p)
+    return np.where(np.abs(t) < 1.0, p * _phi(t), _scaled_expm1(log_p, t) - _weighted(p, t))
+
+
+def _weighted(p: Array, value: Array) -> Array:
+    """p value, where 0 times infinity is 0."""
+    return np.where(p == 0.0, 0.0, p * value)
+
+
+def _multiple(factor: float, value: Array) -> Array:
+    """factor value, where a factor of +0 or -0 times infinity is the limit of small factors."""
+    limit = math.copysign(math.inf, factor) * np.sign(value)
+    return np.where(np.isinf(value), limit, factor * value)
+
+
+def _kl_terms(p: Array, q: Array, d: Array) -> Array:
+    """p log(p/q) - p + q >= 0, where d = log(p/q)."""
+    return np.where(np.abs(d) < 1.0, p * _phi(-d), q - p + _weighted(p, d))
+
+
+def _difference_error(minuend: Array, subtrahend: Array) -> Array:
+    """What the rounding of ``minuend - subtrahend`` took away (Knuth's exact difference)."""
+    difference = minuend - subtrahend
+    virtual = difference - minuend
+    error = (minuend - (difference - virtual)) - (subtrahend + virtual)
+    return np.where(np.isfinite(error), error, 0.0)
+
+
+def _product_error(left: Array, right: Array) -> Array:
+    """What the rounding of ``left * right`` took away (Dekker's exact product)."""
+    left_high, right_high = _leading_half(left), _leading_half(right)
+    left_low, right_low = left - left_high, right - right_high
+    error = left_high * right_high - left * right
+    error = error + left_high * right_low + left_low * right_high + left_low * right_low
+    return np.where(np.isfinite(error), error, 0.0)
+
+
+def _leading_half(value: Array) -> Array:
+    """The leading 26 of the 53 bits; by their mask, as Veltkamp's product would overflow."""
+    return (value.view(np.int64) & -(1 << 27)).view(np.float64)
+
+
+def _log_share(weights: Array, largest: Array) -> Array:
+    """log(weights / largest), accurate also next to 1 and where the quotient underflows."""
+    share = weights / largest
+    near = np.log1p((weights - largest) / largest)
+    far = np.where(share > 1e-290, np.log(share), np.log(weights) - np.log(largest))
+    return np.where(share > 0.5, near, far)
+
+
+# Rows
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """One batch of rows, shifted by their maxima: log p = shifted - log_sum."""
+
+    shifted: Array  # (..., V), (x - max x) / T <= 0
+    tail: Array  # (..., V), what rounding took from shifted; differences need it
+    log_sum: Array  # (..., 1), log(sum exp(shifted)) >= 0
+    maximum: Array  # (..., 1), log of the largest weight over T
+    given: Array  # (..., V), as the user gave them
+    valid: NDArray[np.bool_]  # (...)
+    temperature: float
+
+    @property
+    def log_p(self) -> Array:
+        return self.shifted - self.log_sum
+
+    def result(self, value: Array, upper: float = math.inf) -> Array:
+        return _checked(value, self.valid, upper)
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """Two batches of rows and the logarithm d of their ratio."""
+
+    log_p: Array
+    log_q: Array
+    d: Array  # +inf where only q = 0, -inf where only p = 0, 0 outside both supports
+    valid: NDArray[np.bool_]
+
+    @property
+    def p(self) -> Array:
+        return np.exp(self.log_p)
+
+    @property
+    def q(self) -> Array:
+        return np.exp(self.log_q)
+
+    @property
+    def larger(self) -> Array:
+        """max(p, q), of which the smaller one is the multiple exp(-abs(d))."""
+        return np.exp(np.maximum(self.log_p, self.log_q))
+
+    @property
+    def swapped(self) -> _Pair:
+        return _Pair(self.log_q, self.log_p, -self.d, self.valid)
+
+    def total(self, terms: Array, upper: float = math.inf) -> Array:
+        return self.result(np.sum(terms, axis=-1), upper)
+
+    def result(self, value: Array, upper: float = math.inf) -> Array:
+        return _checked(value, self.valid, upper)
+
+
+def _checked(value: Array, valid: NDArray[np.bool_], upper: float) -> Array:
+    """``value`` without the last rounding past its bounds, and NaN for rows that are not valid."""
+    return np.where(valid, np.clip(value, 0.0, upper) + 0.0, np.nan)  # + 0.0 turns -0.0 into 0.0
+
+
+def _rows(x: ArrayLike, axis: int = -1, temperature: float = 1.0, input: str = "logits") -> _Rows:
+    given = np.ascontiguousarray(np.moveaxis(np.asarray(x).astype(np.float64), axis, -1))
+    largest = np.max(given, axis=-1, keepdims=True)
+    valid = np.isfinite(largest)
+    if input == "probs":
+        valid &= (largest > 0.0) & (np.min(given, axis=-1, keepdims=True) >= 0.0)
+    largest = np.where(valid, largest, np.nan)
+
+    if input == "probs":
+        maximum = np.log(largest) / temperature
+        shifted = _log_share(given, largest) / temperature
+        tail = np.zeros_like(shifted)
+    else:
+        maximum = largest / temperature
+        shifted, tail = _divided(
+            given - largest, _difference_error(given, largest), np.float64(temperature)
+        )
+        # A finite logit stays one, however far below the maximum it is.
+        shifted = np.where(given == -np.inf, shifted, np.maximum(shifted, -_LARGEST))
+
+    # Without the top entry's own 1, so that log p of an entry near 1 keeps its digits.
+    weights = np.exp(shifted)
+    np.put_along_axis(weights, np.argmax(given, axis=-1)[..., None], 0.0, axis=-1)
+    log_sum = np.log1p(np.sum(weights, axis=-1, keepdims=True))
+    return _Rows(shifted, tail, log_sum, maximum, given, valid[..., 0], temperature)
+
+
+def _divided(value: Array, tail: Array, divisor: np.float64) -> tuple[Array, Array]:
+    """(value + tail) / divisor as a rounded quotient and what the rounding took away."""
+    quotient = value / divisor
+    remainder = (value - quotient * divisor) - _product_error(quotient, np.asarray(divisor)) + tail
+    return quotient, np.where(np.isfinite(remainder), remainder / divisor, 0.0)
+
+
+def _both(
+    p: ArrayLike,
+    q: ArrayLike,
+    axis: int = -1,
+    temperature: float | tuple[float, float] = 1.0,
+    input: str = "logits",
+) -> tuple[_Rows, _Rows]:
+    if axis >= 0:  # counted in the broadcast shape; from the end it is the same in both arrays
+        axis -= max(np.ndim(p), np.ndim(q))
+    temperature_p, temperature_q = np.broadcast_to(temperature, 2).tolist()
+    return _rows(p, axis, temperature_p, input), _rows(q, axis, temperature_q, input)
+
+
+def _pair(p: ArrayLike, q: ArrayLike, **options: Unpack[PairOptions]) -> _Pair:
+    first, second = _both(p, q, **options)
+    log_p, log_q = np.broadcast_arrays(first.log_p, second.log_p)
+
+    difference = (first.shifted - second.shifted) + (first.tail - second.tail)
+    if options.get("input") == "probs" and first.temperature == second.temperature:
+        close = _log_ratio_of_weights(first.given, second.given) / first.temperature
+        difference = np.where(np.isnan(close), difference, close)
+
+    # The difference of the two rounded log_sum is only a first estimate of the normalizers'
+    # difference. What it misses is log(sum p / sum q) of the p and q it leads to, and that is
+    # sum (p - q), taken from d itself. Every step only changes its sign when P and Q change
+    # places, which makes the symmetric divergences symmetric to the bit.
+    d = difference - (first.log_sum - second.log_sum)
+    in_p, in_q = log_p > -np.inf, log_q > -np.inf
+    one_sided = np.where(in_p, np.inf, np.where(in_q, -np.inf, 0.0))
+    d = np.where(in_p & in_q, np.clip(d, -_LARGEST, _LARGEST), one_sided)
+    larger = np.exp(np.maximum(log_p, log_q))
+    missed = np.sum(-np.sign(d) * larger * np.expm1(-np.abs(d)), axis=-1, keepdims=True)
+    return _Pair(log_p, log_q, np.where(in_p & in_q, d - missed, d), first.valid & second.valid)
+
+
+def _log_ratio_of_weights(w: Array, v: Array) -> Array:
+    """log((w / max w) / (v / max v)) where it is small, NaN elsewhere.
+
+    From w max v - v max w with exact products: two rows of weights that differ by a factor and
+    by a little more cancel neither in the weights nor in their logarithms.
+    """
+    w, v = _scaled(w), _scaled(v)
+    w_max, v_max = np.max(w, axis=-1, keepdims=True), np.max(v, axis=-1, keepdims=True)
+    left, right = w * v_max, v * w_max
+    smaller = np.minimum(left, right)
+    difference = (left - right) + (_product_error(w, v_max) - _product_error(v, w_max))
+    ratio = np.abs(difference) / (left + right)
+    log_ratio = np.copysign(2.0 * np.arctanh(ratio), difference)
+    return np.where((np.abs(difference) < 0.5 * smaller) & (smaller > 1e-280), log_ratio, np.nan)
+
+
+def _scaled(weights: Array) -> Array:
+    """Each row over the power of two next to its maximum, so that products do not overflow."""
+    _, exponent = np.frexp(np.max(weights, axis=-1, keepdims=True))
+    scaled: Array = np.ldexp(weights, -exponent)
+    return scaled
+
+
+# Divergences of two rows
+
+
+@_silent
+def kl_divergence(p: ArrayLike, q: ArrayLike, **options: Unpack[PairOptions]) -> Array:
+    """KL(P, Q) = sum p d, as sum p (exp(-d) - 1 + d). Kullback and Leibler (1951)."""
+    return _kl(_pair(p, q, **options))
+
+
+def _kl(pair: _Pair) -> Array:
+    # Where only q = 0 the term is infinite, though p may underflow.
+    return pair.total(np.where(pair.d == np.inf, np.inf, _kl_terms(pair.p, pair.q, pair.d)))
+
+
+@_silent
+def jeffreys_divergence(p: ArrayLike, q: ArrayLike, **options: Unpack[PairOptions]) -> Array:
+    """KL(P, Q) + KL(Q, P), as sum max(p, q) (1 - exp(-|d|)) |d|. Jeffreys (1946)."""
+    pair = _pair(p, q, **options)
+    tau = np.abs(pair.d)
+    terms = _weighted(-pair.larger * np.expm1(-tau), tau)
+    return pair.total(np.where(tau == np.inf, np.inf, terms))
+
+
+@_silent
+def js_divergence(
+    p: ArrayLike, q: ArrayLike, weight: float = 0.5, **options: Unpack[PairOptions]
+) -> Array:
+    """w KL(P, M) + (1-w) KL(Q, M) with M = w P + (1-w) Q and w = weight in [0, 1]. Lin (1991)."""
+    pair = _pair(p, q, **options)
+    w, other = float(weight), 1.0 - float(weight)
+    if w == 0.0 or other == 0.0:
+        return pair.total(np.zeros_like(pair.d))
+    log_w, log_other = math.log(w), math.log1p(-w)
+    mixture = w * pair.p + other * pair.q
+    log_p_over_m = -_log_mixture_over(log_w, log_other, other, pair.d)
+    log_q_over_m = -_log_mixture_over(log_other, log_w, w, -pair.d)
+    terms_p = w * _kl_terms(pair.p, mixture, log_p_over_m)
+    terms_q = other * _kl_terms(pair.q, mixture, log_q_over_m)
+    return pair.total(terms_p + terms_q, upper=-w * log_w - other * log_other)
+
+
+def _log_mixture_over(log_w: float, log_other: float, other: float, d: Array) -> Array:
+    """log(m/p) = log(w + (1-w) exp(-d)) for m = w p + (1-w) q, d = log(p/q) and other = 1-w."""
+    near = np.log1p(other * np.expm1(-d))
+    return np.where(np.abs(d) < 1.0, near, np.logaddexp(log_w, log_other - d))
+
+
+@_silent
+def renyi_divergence(
+    p: ArrayLike, q: ArrayLike, alpha: float, **options: Unpack[PairOptions]
+) -> Array:
+    """log(S) / (alpha-1) with S = sum p^alpha q^(1-alpha), 0 <= alpha <= inf. Renyi (1961).
+
+    Order 0 is -log of the Q-mass of P's support, 1 is KL(P, Q), inf is the maximum of d over P's
+    support (van Erven and Harremoes, 2014).
+    """
+    pair = _pair(p, q, **options)
+    if alpha == 1.0:
+        return _kl(pair)
+    if alpha == math.inf:
+        return pair.result(_largest_ratio(pair))
+    excess = _excess(pair, alpha)
+    near = np.log1p(excess) / (alpha - 1.0)
+    turned, beta = _oriented(pair, alpha)
+    scale = max(1.0, abs(beta))
+    exponent = turned.log_p / scale + _multiple(beta / scale, turned.d)
+    exponent = np.where(turned.log_p == -np.inf, -np.inf, exponent)
+    far = _log_sum_exp(exponent, scale) * (scale / (alpha - 1.0))
+    return pair.result(np.where(np.abs(excess) < 0.5, near, far))
+
+
+@_silent
+def alpha_divergence(
+    p: ArrayLike, q: ArrayLike, alpha: float, **options: Unpack[PairOptions]
+) -> Array:
+    """(S-1) / (alpha (alpha-1)), S as for Renyi. Cichocki and Amari (2010).
+
+    The limits are KL(P, Q) at alpha = 1 and KL(Q, P) at alpha = 0.
+    """
+    pair = _pair(p, q, **options)
+    if alpha in (0.0, 1.0):
+        return _kl(pair if alpha == 1.0 else pair.swapped)
+    if alpha == math.inf:
+        return pair.result(_infinite_unless_equal(pair))
+    return pair.result(_excess(pair, alpha) / (alpha - 1.0) / alpha)
+
+
+@_silent
+def tsallis_divergence(
+    p: ArrayLike, q: ArrayLike, alpha: float, **options: Unpack[PairOptions]
+) -> Array:
+    """(S-1) / (alpha-1), S as for Renyi; KL(P, Q) at alpha = 1. Tsallis (1998)."""
+    pair = _pair(p, q, **options)
+    if alpha == 1.0:
+        return _kl(pair)
+    if alpha == math.inf:
+        return pair.result(_infinite_unless_equal(pair))
+    return pair.result(_excess(pair, alpha) / (alpha - 1.0))
+
+
+def _excess(pair: _Pair, alpha: float) -> Array:
+    """S - 1 = sum p [expm1(beta d) + beta expm1(-d)], beta = alpha - 1; each term has beta's sign.
+
+    With phi(t) = expm1(t) - t the bracket is phi(beta d) + beta phi(-d), which loses no digits
+    where d is small.
+    """
+    pair, beta = _oriented(pair, alpha)
+    scaled = _multiple(beta, pair.d)
+    near = _scaled_phi(pair.log_p, scaled) + beta * pair.p * _phi(-pair.d)
+    far = _scaled_expm1(pair.log_p, scaled) + beta * (pair.q - pair.p)
+    total: Array = np.sum(np.where(np.abs(pair.d) < 1.0, near, far), axis=-1)
+    return np.clip(total, 0.0, np.inf) if alpha > 1.0 else np.clip(total, -1.0, 0.0)
+
+
+def _oriented(pair: _Pair, alpha: float) -> tuple[_Pair, float]:
+    """The pair and the beta >= -1/2 with S = sum p exp(beta d).
+
+    S of (P, Q) at alpha is S of (Q, P) at 1 - alpha. Below -1/2, the two parts of a term cancel.
+    """
+    return (pair, alpha - 1.0) if alpha >= 0.5 else (pair.swapped, -float(alpha))
+
+
+def _log_sum_exp(exponent: Array, scale: float) -> Array:
+    """log(sum exp(scale * exponent)) / scale, where scale * exponent may overflow."""
+    largest: Array = np.max(exponent, axis=-1)
+    rest: Array = np.log(np.sum(np.exp(scale * (exponent - largest[..., None])), axis=-1)) / scale
+    return np.where(np.isinf(largest), largest, largest + rest)
+
+
+def _largest_ratio(pair: _Pair) -> Array:
+    """The maximum of log(p/q) over the support of P; it is not negative."""
+    largest: Array = np.max(np.where(pair.log_p == -np.inf, -np.inf, pair.d), axis=-1)
+    return np.maximum(largest, 0.0)
+
+
+def _infinite_unless_equal(pair: _Pair) -> Array:
+    """What (S-1) / (alpha-1) and (S-1) / (alpha (alpha-1)) tend to for alpha to infinity."""
+    return np.where(_largest_ratio(pair) > 0.0, np.inf, 0.0)
+
+
+@_silent
+def total_variation(p: ArrayLike, q: ArrayLike, **options: Unpack[PairOptions]) -> Array:
+    """sum |p - q| / 2, as sum max(p, q) (1 - exp(-|d|)) / 2."""
+    pair = _pair(p, q, **options)
+    return pair.total(-0.5 * pair.larger * np.expm1(-np.abs(pair.d)), upper=1.0)
+
+
+@_silent
+def squared_hellinger(p: ArrayLike, q: ArrayLike, **options: Unpack[PairOptions]) -> Array:
+    """sum (sqrt p - sqrt q)^2 / 2, as sum max(p, q) (1 - exp(-|d|/2))^2 / 2. Hellinger (1909)."""
+    pair = _pair(p, q, **options)
+    return pair.total(0.5 * pair.larger * np.expm1(-0.5 * np.abs(pair.d)) ** 2, upper=1.0)
+
+
+@_silent
+def chi2_divergence(p: ArrayLike, q: ArrayLike, **options: Unpack[PairOptions]) -> Array:
+    """sum (p - q)^2 / q = sum q expm1(d)^2. Pearson (1900)."""
+    pair = _pair(p, q, **options)
+    # For d > 0 from p exp(d): q expm1(d)^2 = p exp(d) expm1(-d)^2.
+    log_scale = np.maximum(pair.log_p, pair.log_q) + np.maximum(pair.d, 0.0)
+    return pair.total(np.exp(log_scale) * np.expm1(-np.abs(pair.d)) ** 2)
+
+
+@_silent
+def cross_entropy(p: ArrayLike, q: ArrayLike, **options: Unpack[PairOptions]) -> Array:
+    """-sum p log q."""
+    pair = _pair(p, q, **options)
+    return pair.total(np.where(pair.d == np.inf, np.inf, -_weighted(pair.p, pair.log_q)))
+
+
+# Functions of one row
+
+
+@_silent
+def entropy(p: ArrayLike, **options: Unpack[RowOptions]) -> Array:
+    """-sum p log p. Shannon (1948)."""
+    return _entropy(_rows(p, **options))
+
+
+def _entropy(rows: _Rows) -> Array:
+    log_p = rows.log_p
+    terms = -_weighted(np.exp(log_p), log_p)
+    return rows.result(np.sum(terms, axis=-1), upper=math.log(log_p.shape[-1]))
+
+
+@_silent
+def renyi_entropy(p: ArrayLike, alpha: float, **options: Unpack[RowOptions]) -> Array:
+    """log(sum p^alpha) / (1-alpha), 0 <= alpha <= inf. Renyi (1961).
+
+    Order 0 is the log of the size of the support, 1 is the entropy, inf is -log max p.
+    """
+    rows = _rows(p, **options)
+    if alpha == 1.0:
+        return _entropy(rows)
+    if alpha == math.inf:
+        return rows.result(rows.log_sum[..., 0])
+    log_p, beta = rows.log_p, alpha - 1.0
+    p, tilt, scale = np.exp(log_p), beta * log_p, max(1.0, alpha)
+    # alpha log p, and not log p + tilt, which cancels where alpha is small
+    exponent = np.where(log_p == -np.inf, -np.inf, (alpha / scale) * log_p)
+    terms = np.where(np.abs(tilt) < 1.0, p * np.expm1(tilt), np.exp(scale * exponent) - p)
+    excess = np.sum(terms, axis=-1)  # sum p^alpha - 1
+    far = _log_sum_exp(exponent, scale) * (scale / -beta)
+    value = np.where(np.abs(excess) < 0.5, np.log1p(excess) / -beta, far)
+    return rows.result(value, upper=math.log(log_p.shape[-1]))
+
+
+@_silent
+def logsumexp(x: ArrayLike, **options: Unpack[RowOptions]) -> Array:
+    """log(sum exp(x / T))."""
+    rows = _rows(x, **options)
+    return (rows.maximum + rows.log_sum)[..., 0]
+
+
+@_silent
+def log_softmax(x: ArrayLike, **options: Unpack[RowOptions]) -> Array:
+    """log p of every entry: x / T - logsumexp(x / T), in the shape of x."""
+    return np.moveaxis(_rows(x, **options).log_p, -1, options.get("axis", -1))
+
+
+@_silent
+def token_log_probs(logits: ArrayLike, tokens: ArrayLike, **options: Unpack[RowOptions]) -> Array:
+    """log p[tokens], with one token index a row."""
+    return _at(_rows(logits, **options).log_p, tokens)
+
+
+def _at(values: Array, tokens: ArrayLike) -> Array:
+    """The entry of each row that ``tokens`` names; tokens and rows broadcast."""
+    index = np.asarray(tokens)[..., None]
+    shape = np.broadcast_shapes(values.shape[:-1], index.shape[:-1])
+    values = np.broadcast_to(values, (*shape, values.shape[-1]))
+    return np.take_along_axis(values, np.broadcast_to(index, (*shape, 1)), axis=-1)[..., 0]
+
+
+# Measures that only `compare` has
+
+
+@_silent
+def nll(logits: ArrayLike, tokens: ArrayLike, **options: Unpack[RowOptions]) -> Array:
+    """-log p[tokens]."""
+    return 0.0 - _at(_rows(logits, **options).log_p, tokens)
+
+
+@_silent
+def delta_prob(
+    p: ArrayLike, q: ArrayLike, tokens: ArrayLike, **options: Unpack[PairOptions]
+) -> Array:
+    """q[tokens] - p[tokens]: how much more probable Q makes the token than P."""
+    pair = _pair(p, q, **options)
+    change = np.sign(pair.d) * pair.larger * np.expm1(-np.abs(pair.d))
+    return np.where(pair.valid, _at(change, tokens) + 0.0, np.nan)
+
+
+@_silent
+def top_p(p: ArrayLike, **options: Unpack[RowOptions]) -> Array:
+    """The largest probability of P."""
+    rows = _rows(p, **options)
+    return rows.result(np.exp(-rows.log_sum[..., 0]))
+
+
+@_silent
+def same_top(p: ArrayLike, q: ArrayLike, **options: Unpack[PairOptions]) -> Array:
+    """1 where P and Q have their (first) largest entry at the same index, else 0."""
+    first, second = _both(p, q, **options)
+    same = np.argmax(first.given, axis=-1) == np.argmax(second.given, axis=-1)
+    return _checked(same, first.valid & second.valid, 1.0)
+
+
+@_silent
+def topk_overlap(p: ArrayLike, q: ArrayLike, k: int, **options: Unpack[PairOptions]) -> Array:
+    """The share of the k largest entries of P that are among the k largest of Q; ties go first."""
+    first, second = _both(p, q, **options)
+    common = _among_largest(first.given, k) & _among_largest(second.given, k)
+    return _checked(np.sum(common, axis=-1) / k, first.valid & second.valid, 1.0)
+
+
+def _among_largest(values: Array, k: int) -> NDArray[np.bool_]:
+    """Where the k largest entries of each row are; of equal entries the first ones count."""
+    order = np.argsort(-values, axis=-1, kind="stable")
+    among = np.zeros(values.shape, dtype=np.bool_)
+    np.put_along_axis(among, order[..., :k], True, axis=-1)
+    return among

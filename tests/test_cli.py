@@ -1,0 +1,398 @@
+"""The command line: what it prints and writes, how it exits, and that it never shows a trace."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import klfast
+from klfast import _peers
+from klfast._evaluation import evaluate
+from klfast._machine import info
+from klfast.cli import main
+
+RANDOM = np.random.default_rng(5)
+BASE = 3 * RANDOM.standard_normal((30, 80)).astype(np.float32)
+TEST = BASE + 0.3 * RANDOM.standard_normal(BASE.shape).astype(np.float32)
+TARGETS = RANDOM.integers(0, 80, 30)
+
+Outcome = tuple[int, str, str]
+Run = Callable[..., Outcome]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the command in a folder that has inputs; return status, output and error stream."""
+    monkeypatch.chdir(tmp_path)
+    np.save("base.npy", BASE)
+    np.save("test.npy", TEST)
+    np.save("targets.npy", TARGETS)
+
+    def outcome(*arguments: str) -> Outcome:
+        try:
+            status = main(arguments)
+        except SystemExit as exit_:
+            status = int(exit_.code or 0)
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        return status, out, err
+
+    return outcome
+
+
+def leftovers(*expected: str) -> set[str]:
+    return set(os.listdir()) - {"base.npy", "test.npy", "targets.npy", *expected}  # noqa: PTH208
+
+
+def test_compare_prints_a_table(run: Run) -> None:
+    status, out, err = run("compare", "base.npy", "test.npy", "--targets", "targets.npy")
+    assert (status, err) == (0, "")
+    expected = klfast.compare(BASE, TEST, ["kl"], dtype=np.float64)["kl"]
+    (line,) = (line for line in out.splitlines() if line.startswith("kl "))
+    assert float(line.split()[1]) == pytest.approx(expected.mean(), rel=1e-4)
+    assert float(line.split()[-1]) == pytest.approx(expected.max(), rel=1e-3)
+    worst = out.partition("worst rows by kl\n")[2].splitlines()[1]
+    assert int(worst.split()[0]) == expected.argmax()
+    for text in ("base.npy", "30 x 80", "median", "99.9 %", "same top token", "ratio test / base"):
+        assert text in out
+
+
+def test_json_has_everything(run: Run) -> None:
+    status, out, _ = run(
+        "compare", "base.npy", "test.npy", "--targets", "targets.npy", "--json", "o.json",
+        "--columns", "--metrics", "kl,renyi:2", "--worst", "2", "--fail-above", "kl.max=100",
+    )  # fmt: skip
+    assert status == 0
+    assert "renyi:2" in out
+    content = json.loads(Path("o.json").read_text())
+    expected = evaluate(BASE, TEST, TARGETS, metrics=["kl", "renyi:2"])
+    assert content["columns"]["renyi:2"] == expected.columns["renyi:2"].tolist()
+    assert content["perplexity"]["ratio"] == expected.summary().value("perplexity.ratio")
+    assert len(content["worst_rows"]) == 2
+    assert content["settings"]["targets"] == "targets.npy"
+    assert content["limits"] == {"above": {"kl.max": 100.0}, "below": {}, "violations": []}
+    assert {"versions", "machine", "seconds", "nan_rows"} <= content.keys()
+    assert not leftovers("o.json")
+
+
+def test_json_on_the_output_stream(run: Run) -> None:
+    status, out, _ = run("compare", "base.npy", "test.npy", "--json", "-")
+    assert status == 0
+    assert json.loads(out)["rows"] == 30
+
+
+def test_json_with_infinities_is_valid(run: Run) -> None:
+    test = TEST.copy()
+    test[4, 4] = -np.inf
+    np.save("test.npy", test)
+    status, out, _ = run("compare", "base.npy", "test.npy", "--json", "o.json")
+    assert status == 0
+    assert "kl is infinite in 1 of the rows" in out
+
+    def refuse(constant: str) -> Any:
+        raise AssertionError(f"{constant} is not JSON")
+
+    content = json.loads(Path("o.json").read_text(), parse_constant=refuse)
+    assert content["measures"]["kl"]["mean"] == "Infinity"
+
+
+def test_limits_and_names_that_json_has_not(run: Run) -> None:
+    odd = os.fsdecode(b"\xff\xc3.npy")
+    np.save(odd, TEST)
+    arguments = ("compare", "base.npy", odd, "--json", "o.json", "--fail-above", "kl.max=inf")
+    assert run(*arguments)[0] == 0
+    content = json.loads(Path("o.json").read_text())
+    assert content["limits"]["above"] == {"kl.max": "Infinity"}
+    assert content["test"]["name"] == odd
+
+
+def test_rows_with_nan_are_reported(run: Run) -> None:
+    test = TEST.copy()
+    test[[4, 9], 0] = np.nan
+    np.save("test.npy", test)
+    arguments = ("compare", "base.npy", "test.npy", "--json", "o.json")
+    status, out, _ = run(*arguments)
+    assert status == 0
+    assert "2 rows left out of all statistics: 4, 9" in out
+    assert json.loads(Path("o.json").read_text())["nan_rows"] == [4, 9]
+    assert run(*arguments, "--fail-above", "nan_rows=1")[0] == 3
+
+
+@pytest.mark.parametrize(
+    ("limit", "status"),
+    [
+        (("--fail-above", "kl.mean=10"), 0),
+        (("--fail-above", "kl.mean=1e-9"), 3),
+        (("--fail-above", "kl.p99_9=1e-9", "--fail-above", "tv.mean=1"), 3),
+        (("--fail-below", "same_top.mean=0.1"), 0),
+        (("--fail-below", "same_top.mean=1.01"), 3),
+    ],
+)
+def test_limits_decide_the_status(run: Run, limit: tuple[str, ...], status: int) -> None:
+    found, out, err = run("compare", "base.npy", "test.npy", "--json", "o.json", *limit)
+    assert found == status
+    assert "worst rows" in out
+    assert Path("o.json").exists()
+    assert err.count("limit violated") == (status == 3)
+
+
+def test_other_options(run: Run) -> None:
+    np.savez("both.npz", logits=BASE, other=TEST)
+    np.savez("again.npz", logits=TEST, other=TEST)
+    status, out, _ = run(
+        "compare", "both.npz", "again.npz", "--key", "other", "--temperature", "2,2",
+        "--vocab-size", "70", "--input", "logits", "--chunk-rows", "4", "--backend", "reference",
+    )  # fmt: skip
+    assert status == 0
+    (line,) = (line for line in out.splitlines() if line.startswith("kl "))
+    assert line.split()[1:] == ["0"] * 8
+
+
+def test_threads(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(klfast, "set_num_threads", asked.append)
+    assert run("compare", "base.npy", "test.npy", "--threads", "1")[0] == 0
+    assert asked == [1]
+
+
+# Status 1: the job failed
+
+
+def shorter() -> None:
+    np.save("test.npy", TEST[:20])
+
+
+def narrower() -> None:
+    np.save("test.npy", TEST[:, :60])
+
+
+def cut() -> None:
+    content = Path("test.npy").read_bytes()
+    Path("test.npy").write_bytes(content[:-1000])
+
+
+def no_rows() -> None:
+    np.save("base.npy", BASE[:0])
+    np.save("test.npy", TEST[:0])
+    np.save("targets.npy", TARGETS[:0])
+
+
+FAILURES: list[tuple[str, Callable[[], object]]] = [
+    ("test.npy: No such file or directory", lambda: Path("test.npy").unlink()),
+    ("test.npy: is empty", lambda: Path("test.npy").write_bytes(b"")),
+    ("test.npy: is truncated: 9600 bytes promised, 8600 there", cut),
+    ("test.npy: holds pickled", lambda: np.save("test.npy", np.array([{}]), allow_pickle=True)),
+    ("test.npy: has dtype int64", lambda: np.save("test.npy", TEST.astype(int))),
+    ("test.npy: has shape (20, 80), but base.npy has (30, 80)", shorter),
+    ("test.npy: has a vocabulary of 60, but base.npy has 80", narrower),
+    ("base.npy: holds no rows", no_rows),
+    ("targets.npy: has shape (29,)", lambda: np.save("targets.npy", TARGETS[1:])),
+    ("targets.npy: target 172 at row 0", lambda: np.save("targets.npy", TARGETS * 0 + 172)),
+    ("targets.npy: target -1 at row 0", lambda: np.save("targets.npy", TARGETS * 0 - 1)),
+    ("targets.npy: holds float64; targets must", lambda: np.save("targets.npy", TARGETS / 1)),
+]
+
+
+@pytest.mark.parametrize(("reason", "spoil"), FAILURES)
+def test_bad_files_are_one_line(run: Run, reason: str, spoil: Callable[[], object]) -> None:
+    spoil()
+    status, out, err = run(
+        "compare", "base.npy", "test.npy", "--targets", "targets.npy", "--json", "o.json"
+    )
+    assert status == 1
+    assert out == ""
+    assert err.startswith(f"klfast: {reason}")
+    assert err.count("\n") == 1
+    assert not leftovers()
+
+
+def test_missing_key(run: Run) -> None:
+    np.savez("x.npz", a=BASE, b=TEST)
+    status, _, err = run("compare", "x.npz", "x.npz", "--key", "c")
+    assert (status, err) == (1, "klfast: x.npz: holds no array named 'c'; there are: 'a', 'b'\n")
+
+
+def test_backend_that_is_missing(run: Run) -> None:
+    status, _, err = run("compare", "base.npy", "test.npy", "--backend", "cuda")
+    assert status == 1
+    assert err.startswith("klfast: backend 'cuda' cannot be used")
+    assert err.count("\n") == 1
+
+
+def test_disk_full_leaves_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    Path("o.json").write_text("before")
+    status, _, err = run("compare", "base.npy", "test.npy", "--json", "o.json")
+    assert (status, err) == (1, "klfast: o.json: cannot be written (No space left on device)\n")
+    assert Path("o.json").read_text() == "before"
+    assert not leftovers("o.json")
+
+
+def test_interrupt_leaves_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    compare = klfast.compare
+    calls = []
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return compare(*arguments, **options)
+
+    monkeypatch.setattr(klfast, "compare", interrupted)
+    outcome = run("compare", "base.npy", "test.npy", "--json", "o.json", "--chunk-rows", "5")
+    assert outcome == (130, "", "klfast: interrupted; nothing was written\n")
+    assert not leftovers()
+
+
+# Status 2: bad arguments
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ((), "required"),
+        (("compare", "base.npy"), "required: TEST"),
+        (("compare", "base.npy", "test.npy", "--metrics", "kk"), "did you mean 'kl'"),
+        (("compare", "base.npy", "test.npy", "--metrics", "renyi:-1"), "alpha is -1"),
+        (("compare", "base.npy", "test.npy", "--metrics", "nll_p"), "needs targets"),
+        (("compare", "base.npy", "test.npy", "--metrics", ","), "metrics is empty"),
+        (("compare", "base.npy", "test.npy", "--temperature", "0"), "positive"),
+        (("compare", "base.npy", "test.npy", "--temperature", "1,2,3"), "one or two"),
+        (("compare", "base.npy", "test.npy", "--vocab-size", "0"), "a whole number from 1"),
+        (("compare", "base.npy", "test.npy", "--chunk-rows", "x"), "a whole number from 1"),
+        (("compare", "base.npy", "test.npy", "--threads", "-1"), "a whole number from 1"),
+        (("compare", "base.npy", "test.npy", "--backend", "tpu"), "invalid choice"),
+        (("compare", "base.npy", "test.npy", "--fail-above", "kl.mean"), "not NAME=X"),
+        (("compare", "base.npy", "test.npy", "--fail-above", "kl.mean=x"), "not a number"),
+        (("compare", "base.npy", "test.npy", "--fail-above", "kl.men=1"), "nearest is 'kl.me"),
+        (("compare", "base.npy", "test.npy", "--fail-above", "perplexity.ratio=1"), "no statistic"),
+        (("compare", "base.npy", "test.npy", "--columns"), "--columns needs --json"),
+        (("compare", "base.npy", "test.npy", "--json", "no/o.json"), "there is no folder no"),
+        (("compare", "base.npy", "test.npy", "--json", "."), "is not a regular file"),
+        (("compare", "base.npy", "test.npy", "--json", "base.npy"), "is one of the inputs"),
+        (("bench", "--dtype", "int8"), "invalid choice"),
+        (("bench", "--metrics", "nll_p"), "needs targets"),
+        (("bench", "--metrics", "kk"), "did you mean 'kl'"),
+    ],
+)
+def test_bad_arguments(run: Run, arguments: tuple[str, ...], reason: str) -> None:
+    status, out, err = run(*arguments)
+    assert (status, out) == (2, "")
+    assert reason in err.splitlines()[-1]
+    assert not leftovers()
+
+
+# The progress bar
+
+
+def test_bar_on_a_terminal_only(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    status, out, err = run("compare", "base.npy", "test.npy", "--chunk-rows", "1")
+    assert status == 0
+    assert "rows/s" in err
+    assert "left" in err
+    assert "measure" in out
+
+
+def test_missing_rich_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setitem(sys.modules, "rich", None)
+    status, _, err = run("compare", "base.npy", "test.npy")
+    assert (status, err.count("\n")) == (0, 1)
+    assert 'pip install "klfast[eval]"' in err
+
+
+# info and bench
+
+
+def test_info(run: Run) -> None:
+    status, out, err = run("info")
+    assert (status, err) == (0, "")
+    for text in (
+        "klfast",
+        klfast.__version__,
+        "numba",
+        "processor",
+        "cores",
+        "reference",
+        "usable",
+    ):
+        assert text in out
+    content = json.loads(run("info", "--json", "-")[1])
+    assert content["backends"]["reference"] == "usable"
+    assert content == json.loads(json.dumps(info()))
+
+
+def test_bench(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str) -> Any:
+        raise RuntimeError("no compiler")
+
+    peers = (
+        *(peer for peer in _peers.PEERS if peer.package == "numpy"),
+        _peers.Peer("absent", "no_such_package", np.asarray, lambda name: None),
+        _peers.Peer("broken", "numpy", np.asarray, broken),
+    )
+    monkeypatch.setattr("klfast._bench.PEERS", peers)
+    status, out, err = run(
+        "bench", "--rows", "3", "--vocab", "500", "--rounds", "1", "--metrics", "kl,topk_overlap:5",
+        "--json", "o.json", "--dtype", "bfloat16",
+    )  # fmt: skip
+    assert (status, err) == (0, "")
+    assert "broken failed at kl: RuntimeError: no compiler" in out
+    timings = json.loads(Path("o.json").read_text())["timings"]
+    who = [(each["metric"], each["contender"]) for each in timings]
+    assert who[:4] == [("kl", name) for name in ("plain read", "klfast", "numpy", "broken")]
+    assert ("topk_overlap:5", "numpy") not in who
+    assert timings[1]["error"] < 2e-6
+    assert timings[2]["error"] < 1e-2
+
+
+# torch.compile takes a compiler and seconds, and compiles what torch eager runs.
+@pytest.mark.parametrize(
+    "peer",
+    [peer for peer in _peers.PEERS if peer.name != "torch.compile"],
+    ids=lambda peer: peer.name,
+)
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_peers_compute_the_same(peer: _peers.Peer, dtype: str) -> None:
+    if not peer.available():
+        pytest.skip(f"{peer.package} is not installed")
+    p, q = BASE.astype(dtype), TEST.astype(dtype)
+    for metric in _peers.formulas(np, lambda x: x):
+        measure = peer.measure(metric)
+        assert measure is not None
+        found = np.asarray(measure(peer.array(p), peer.array(q)), np.float64)
+        expected = klfast.compare(p, q, [metric], dtype=np.float64, backend="reference")[metric]
+        np.testing.assert_allclose(found, expected, rtol=1e-3, err_msg=metric)
+
+
+# As a process
+
+
+def test_as_a_module(run: Run) -> None:
+    command = [sys.executable, "-m", "klfast"]
+    done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"klfast {klfast.__version__}\n"
+    done = subprocess.run(
+        [*command, "compare", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "Exit status: 0 done, 1 the job failed" in done.stdout
+
+
+def test_reader_that_goes_away(run: Run) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write) as closed:
+        done = subprocess.run(
+            [sys.executable, "-m", "klfast", "info"], stdout=closed, stderr=subprocess.PIPE
+        )
+    assert (done.returncode, done.stderr) == (1, b"")
