@@ -356,25 +356,6 @@ def test_bench(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert timings[2]["error"] < 1e-2
 
 
-# torch.compile takes a compiler and seconds, and compiles what torch eager runs.
-@pytest.mark.parametrize(
-    "peer",
-    [peer for peer in _peers.PEERS if peer.name != "torch.compile"],
-    ids=lambda peer: peer.name,
-)
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_peers_compute_the_same(peer: _peers.Peer, dtype: str) -> None:
-    if not peer.available():
-        pytest.skip(f"{peer.package} is not installed")
-    p, q = BASE.astype(dtype), TEST.astype(dtype)
-    for metric in _peers.formulas(np, lambda x: x):
-        measure = peer.measure(metric)
-        assert measure is not None
-        found = np.asarray(measure(peer.array(p), peer.array(q)), np.float64)
-        expected = klfast.compare(p, q, [metric], dtype=np.float64, backend="reference")[metric]
-        np.testing.assert_allclose(found, expected, rtol=1e-3, err_msg=metric)
-
-
 # As a process
 
 

@@ -148,8 +148,11 @@ def _power(alpha: float, scale: Callable[[float], float]) -> Plan:
             (Step("exact", "renyi_inf", "pq"),),
             lambda values: np.where(values > 0.0, math.inf, values),
         )
-    # The relative error of S is the absolute error of its logarithm, hence the low limit.
-    step, factor = _renyi_step(alpha, 12.0)
+    # The relative error of S is the absolute error of its logarithm, which grows with the order
+    # and with the largest log-ratio.
+    step, factor = _renyi_step(alpha, 8.0)
+    if alpha > 5.0:
+        step = step._replace(module="exact")
     if alpha == 1.0:
         return Plan((step,), _same)
 
@@ -186,7 +189,8 @@ def _token_log_prob(s: Values) -> Values:
 
 
 def _same_top(p: Values, q: Values) -> Values:
-    return np.where(p[:, 3] == q[:, 3], 1.0, 0.0) + 0.0 * (p[:, 0] + q[:, 0])
+    undefined = np.isnan(p[:, 0]) | np.isnan(q[:, 0])
+    return np.where(undefined, np.nan, np.where(p[:, 3] == q[:, 3], 1.0, 0.0))
 
 
 @functools.cache
@@ -259,7 +263,7 @@ def _cut(n: int, width: int) -> tuple[int, int, int]:
     """(rows a thread takes at a time, parts of a row, entries of a part), from the shape alone."""
     if n < FEW_ROWS and width > PART:
         return 1, -(-width // PART), PART
-    return max(1, AT_A_TIME // width), 1, width
+    return max(4, AT_A_TIME // width), 1, width
 
 
 def _launch(

@@ -177,21 +177,21 @@ def renyi(p, q, t, log_p, log_q, beta):
 
 @inline
 def renyi_exponent(p, q, t, log_p, log_q, beta):
-    """alpha log p + (1 - alpha) log q."""
-    r = (1.0 + beta) * log_p - beta * log_q
-    return where(log_p == -math.inf, -math.inf, r)
+    """alpha log p + (1 - alpha) log q = log p + beta log(p/q)."""
+    outside = (log_p == -math.inf) | (log_q == -math.inf)
+    return where(outside, -math.inf, fma(t, -beta, log_p))
+
+
+@inline
+def log_mass_inside(p, q, t, log_p, log_q, parameter):
+    """log q where p > 0."""
+    return where(log_p == -math.inf, -math.inf, log_q)
 
 
 @inline
 def log_ratio(p, q, t, log_p, log_q, parameter):
     """log(p/q) on the support of P."""
     return where(log_p == -math.inf, -math.inf, -t)
-
-
-@inline
-def mass_inside(p, q, t, log_p, log_q, parameter):
-    """q where p > 0."""
-    return where(log_p == -math.inf, 0.0, q)
 
 
 @inline
@@ -208,7 +208,7 @@ SUMS = {
     "jeffreys": jeffreys,
     "js": js,
     "renyi": renyi,
-    "renyi_0": mass_inside,
+    "renyi_0": mass_outside,
     "renyi_inf": log_ratio,
 }
 #: +inf where P has support that Q has not, or (both) either way round.
@@ -232,6 +232,14 @@ def write(address, dtype, value):
         _poke_f32(address, value)
     else:
         _poke_f64(address, value)
+
+
+@inline
+def difference(a, b):
+    """a - b, and what its rounding lost (NaN at infinity)."""
+    d = a - b
+    back = d - a
+    return d, (a - (d - back)) - (b + back)
 
 
 @inline
@@ -361,49 +369,56 @@ def _build_pair(operation):
     without_q = operation in INFINITE_WITHOUT_Q
     without_p = operation in INFINITE_WITHOUT_P
     order = operation == "renyi"
+    exponent = log_mass_inside if operation == "renyi_0" else renyi_exponent
     largest_only = operation == "renyi_inf"
     support = operation == "renyi_0"
 
     @outline
-    def stage_pair(x, y, t, xp, yq, p_step, p_dtype, q_step, q_dtype, probabilities, ip, iq, c, n):
-        """Fill the buffers x, y (scaled logits) and t = (y - x) + c, rounded about once."""
+    def stage_pair(
+        x, y, t, xp, yq, p_step, p_dtype, q_step, q_dtype, probabilities, ip, iq, mx, my, n
+    ):
+        """Fill the buffers with u = (x - mx)/T, v = (y - my)/T and t = v - u.
+
+        t is rounded once: what the subtractions round off is carried along.
+        """
         stage(x, xp, p_step, p_dtype, 0, n)
         stage(y, yq, q_step, q_dtype, 0, n)
+        same = ip == iq
         if probabilities != 0:
-            # Close probabilities: the ratio's logarithm directly.
+            # The logarithm of a ratio near 1 comes from the probabilities themselves.
             for j in range(0, n, LANES64):
                 p = _get(x + 8 * j)
-                q = _get(y + 8 * j)
-                ratio = (q - p) / p
-                store(t + 8 * j, where(vabs(ratio) < 0.5, log1p_64(ratio), math.nan))
+                ratio = (_get(y + 8 * j) - p) / p
+                near = fma(log1p_64(ratio), ip, (mx - my) * ip)
+                store(t + 8 * j, where(vabs(ratio) < 0.5, near, math.nan))
             stage(x, xp, p_step, p_dtype, 1, n)
             stage(y, yq, q_step, q_dtype, 1, n)
         for j in range(0, n, LANES64):
             p = _get(x + 8 * j)
             q = _get(y + 8 * j)
-            if ip == iq:
-                d = q - p
-                back = d - q
-                lost = (q - (d - back)) - (p + back)  # what the subtraction rounded off
-                d = fma(d, ip, c)
-                lost = lost * ip
+            dx, lost_x = difference(p, mx)
+            dy, lost_y = difference(q, my)
+            u = dx * ip
+            v = dy * iq
+            if same:
+                lost = (lost_y - lost_x) * ip
+                d = (dy - dx) * ip
             else:
-                scaled = p * ip
-                d = fma(q, iq, -scaled) + c
-                lost = -fma(p, ip, -scaled)
+                lost = fma(lost_y, iq, -lost_x * ip) - fma(dx, ip, -u)
+                d = fma(dy, iq, -u)
             d = d + where(unordered(lost, lost), 0.0, lost)
-            if probabilities != 0 and ip == iq:
+            if probabilities != 0 and same:
                 near = _get(t + 8 * j)
-                d = where(unordered(near, near), d, fma(near, ip, c))
+                d = where(unordered(near, near), d, near)
             store(t + 8 * j, d)
-            store(x + 8 * j, p * ip)
-            store(y + 8 * j, q * iq)
+            store(x + 8 * j, u)
+            store(y + 8 * j, v)
 
     @inline
-    def terms(x, y, t, j, off, mx, my, log_x, log_y):
+    def terms(x, y, t, j, off, log_x, log_y):
         """p, q, log(q/p), log p, log q of one vector; all 0 or finite outside the supports."""
-        log_p = (_get(x + 8 * j) - mx) - log_x
-        log_q = (_get(y + 8 * j) - my) - log_y
+        log_p = _get(x + 8 * j) - log_x
+        log_q = _get(y + 8 * j) - log_y
         d = _get(t + 8 * j) + off
         d = where(unordered(d, d), 0.0, vmin(vmax(d, -_LARGEST), _LARGEST))
         return exp_64(log_p), exp_64(log_q), d, log_p, log_q
@@ -434,10 +449,8 @@ def _build_pair(operation):
                 no_p = False
                 for start in range(0, width, TILE):
                     n = min(TILE, width - start)
-                    stage_pair(
-                        x, y, t, xp + start * p_step, yq + start * q_step,
-                        p_step, p_dtype, q_step, q_dtype, probabilities, ip, iq, 0.0, n,
-                    )  # fmt: skip
+                    stage(x, xp + start * p_step, p_step, p_dtype, probabilities, n)
+                    stage(y, yq + start * q_step, q_step, q_dtype, probabilities, n)
                     mx, at, wrong = tile_top(x, n, mx)
                     if at >= 0:
                         top_x = start + at
@@ -469,11 +482,8 @@ def _build_pair(operation):
                     poke_f64(out + 8 * row, 0.0)
                     continue
 
-                # 2. Normalizers.  t is taken with c = mx - my, and ``off`` added to it, such
-                # that c + off tends to logsumexp(x) - logsumexp(y).
-                c = mx - my
-                if not abs(c) <= _LARGEST:
-                    c = 0.0
+                # 2. Normalizers, relative to the maxima, and the logarithm of their ratio:
+                # ``off`` tends to log(Sx/Sy), with the tops in.
                 off = 0.0
                 Sx = 0.0
                 Sy = 0.0
@@ -488,25 +498,25 @@ def _build_pair(operation):
                         n = min(TILE, width - start)
                         stage_pair(
                             x, y, t, xp + start * p_step, yq + start * q_step,
-                            p_step, p_dtype, q_step, q_dtype, probabilities, ip, iq, c, n,
+                            p_step, p_dtype, q_step, q_dtype, probabilities, ip, iq, mx, my, n,
                         )  # fmt: skip
                         sx = splat64(0.0)
                         sy = sx
-                        difference = sx
+                        change_sum = sx
                         size = sx
                         for j in range(0, n, LANES64):
-                            ex = exp_64(_get(x + 8 * j) - mx)
-                            ey = exp_64(_get(y + 8 * j) - my)
+                            ex = exp_64(_get(x + 8 * j))
+                            ey = exp_64(_get(y + 8 * j))
                             d = _get(t + 8 * j) + off
                             tau = vmin(vabs(d), 700.0)  # NaN from -inf - -inf: ex = ey = 0
                             change = vmax(ex * fx, ey * fy) * -expm1_64(-tau)
-                            difference = difference + copysign(change, d)
+                            change_sum = change_sum + copysign(change, d)
                             size = size + change
                             sx = sx + where(lane_is(ex, top_x - start - j), 0.0, ex)
                             sy = sy + where(lane_is(ey, top_y - start - j), 0.0, ey)
                         Sx += hsum(sx)
                         Sy += hsum(sy)
-                        D += hsum(difference)
+                        D += hsum(change_sum)
                         H += hsum(size)
                     total = fx * (1.0 + Sx) + fy * (1.0 + Sy)
                     if abs(D) < 0.5 * total:
@@ -520,38 +530,32 @@ def _build_pair(operation):
 
                 # 3. The sum.
                 value = 0.0
-                outside = 0.0
                 peak = -math.inf
                 for start in range(0, width, TILE):
                     n = min(TILE, width - start)
                     stage_pair(
                         x, y, t, xp + start * p_step, yq + start * q_step,
-                        p_step, p_dtype, q_step, q_dtype, probabilities, ip, iq, c, n,
+                        p_step, p_dtype, q_step, q_dtype, probabilities, ip, iq, mx, my, n,
                     )  # fmt: skip
                     s = splat64(0.0)
-                    o = s
                     m = splat64(-math.inf)
                     for j in range(0, n, LANES64):
-                        p_, q_, d, log_p, log_q = terms(x, y, t, j, off, mx, my, log_x, log_y)
+                        p_, q_, d, log_p, log_q = terms(x, y, t, j, off, log_x, log_y)
                         term = integrand(p_, q_, d, log_p, log_q, parameter)
                         if largest_only:
                             m = vmax(term, m)
                         else:
                             s = s + term
-                        if order:
-                            m = vmax(renyi_exponent(p_, q_, d, log_p, log_q, parameter), m)
-                        if support:
-                            o = o + mass_outside(p_, q_, d, log_p, log_q, parameter)
+                        if order or support:
+                            m = vmax(exponent(p_, q_, d, log_p, log_q, parameter), m)
                     value += hsum(s)
-                    outside += hsum(o)
                     peak = max(peak, hmax(m))
 
                 if largest_only:
                     value = peak
-                if support:
-                    value = -math.log1p(-outside) if outside < 0.5 else -math.log(value)
-                if order:
-                    # log S = log sum exp(alpha log p + (1 - alpha) log q).
+                if order or support:
+                    # The logarithm of the sum whose terms' logarithms are the exponents: of
+                    # S = sum p**alpha q**(1 - alpha), or of Q's mass on the support of P.
                     log_s = -math.inf
                     if peak > -math.inf:
                         total = 0.0
@@ -559,20 +563,21 @@ def _build_pair(operation):
                             n = min(TILE, width - start)
                             stage_pair(
                                 x, y, t, xp + start * p_step, yq + start * q_step,
-                                p_step, p_dtype, q_step, q_dtype, probabilities, ip, iq, c, n,
+                                p_step, p_dtype, q_step, q_dtype, probabilities, ip, iq, mx, my, n,
                             )  # fmt: skip
                             s = splat64(0.0)
                             for j in range(0, n, LANES64):
                                 p_, q_, d, log_p, log_q = terms(
-                                    x, y, t, j, off, mx, my, log_x, log_y
+                                    x, y, t, j, off, log_x, log_y
                                 )
-                                r = renyi_exponent(p_, q_, d, log_p, log_q, parameter)
+                                r = exponent(p_, q_, d, log_p, log_q, parameter)
                                 s = s + exp_64(r - peak)
                             total += hsum(s)
                         log_s = peak + math.log(total)
+                    # Close to 0 it comes from the sum that does not cancel.
                     if abs(log_s) < 1.0:
-                        log_s = math.log1p(value)
-                    value = log_s / parameter
+                        log_s = math.log1p(-value if support else value)
+                    value = -log_s if support else log_s / parameter
                 poke_f64(out + 8 * row, 0.0 if value <= 0.0 else value)
 
     return kernel

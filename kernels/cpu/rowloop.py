@@ -25,6 +25,10 @@ from .simd import (
 #: float32 tiles of each array (the one at work and the one being prefetched) fit in L1.
 TILE = 2048
 
+#: How far ahead to ask for memory: the whole next tile must be there when its maximum is
+#: looked for, and its last entries a while earlier.
+AHEAD = TILE + TILE // 2
+
 #: Numbers that describe a row on its own.  With m the largest entry and k its first index:
 #: m;  S = sum exp(x - m) and U = sum (m - x) exp(x - m) over all indices but k;  k;  and
 #: x - m of the row's token, where tokens are given.
@@ -125,12 +129,12 @@ def entry(dtype):
 
 
 def ahead(dtype):
-    """An inlined ``ahead(row, j)``: asks for the cache line one tile further on."""
+    """An inlined ``ahead(row, j)``: asks for the cache line AHEAD entries further on."""
     size = ITEMSIZE[dtype]
 
     @inline
     def ask(row, j):
-        prefetch(row + (j + TILE) * size)
+        prefetch(row + (j + AHEAD) * size)
 
     return ask
 

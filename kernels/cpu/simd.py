@@ -29,6 +29,13 @@ LANES32 = 16
 LANES64 = 8
 
 
+_FEATURES = binding.get_host_cpu_features()
+HAS_AVX512 = bool(_FEATURES.get("avx512f"))
+#: AVX-512 has instructions for both ends of an exponential: 2**x for any x (0 where it
+#: underflows, NaN at NaN), and the distance from the next whole number below.
+HAS_SCALEF = HAS_AVX512 and bool(_FEATURES.get("avx512dq"))
+
+
 class Vector(types.Type):
     """The Numba type of ``<lanes x element>``."""
 
@@ -73,7 +80,14 @@ def _splat(builder: ir.IRBuilder, scalar: ir.Value, ty: Vector) -> ir.Value:
     undef = ir.Constant(ty.llvm, ir.Undefined)
     first = builder.insert_element(undef, scalar, ir.Constant(ir.IntType(32), 0))
     zeros = ir.Constant(ir.VectorType(ir.IntType(32), ty.lanes), [0] * ty.lanes)
-    return builder.shuffle_vector(first, undef, zeros)
+    vector = builder.shuffle_vector(first, undef, zeros)
+    if HAS_AVX512 and ty.element in (types.float32, types.float64):
+        # An empty piece of assembly that LLVM cannot look into.  Without it every use of a
+        # constant in a loop is turned back into a load from the constant pool, at an address
+        # that takes ten bytes of code; with it constants stay in registers.
+        identity = ir.InlineAsm(ir.FunctionType(ty.llvm, [ty.llvm]), "", "=v,0")
+        vector = builder.call(identity, [vector], attrs=("readnone", "nounwind"))
+    return vector
 
 
 def _as_vector(context: Any, builder: ir.IRBuilder, value: ir.Value, frm: types.Type, to: Vector) -> ir.Value:
@@ -277,11 +291,6 @@ def vmin(typingctx, a, b):
     return ty(a, b), codegen
 
 
-#: AVX-512 has instructions for both ends of an exponential: 2**x for any x (0 where it
-#: underflows, NaN at NaN), and the distance from the next whole number below.
-HAS_SCALEF = bool(binding.get_host_cpu_features().get("avx512dq"))
-
-
 @intrinsic
 def scalef32(typingctx, a, n):
     """``a * 2**floor(n)`` of float32 vectors (where HAS_SCALEF)."""
@@ -476,19 +485,26 @@ def tail_loader(dtype, ty):
     return load
 
 
-@intrinsic
-def prefetch(typingctx, address):
-    """Ask for the cache line at ``address``; an address outside the array is harmless."""
+def _prefetch(locality):
+    @intrinsic
+    def ask(typingctx, address):
+        def codegen(context, builder, sig, args):
+            i32 = ir.IntType(32)
+            pointer = builder.inttoptr(args[0], ir.IntType(8).as_pointer())
+            fnty = ir.FunctionType(ir.VoidType(), [pointer.type, i32, i32, i32])
+            fn = cgutils.get_or_insert_function(builder.module, fnty, "llvm.prefetch.p0")
+            builder.call(fn, [pointer, i32(0), i32(locality), i32(1)])
+            return context.get_dummy_value()
 
-    def codegen(context, builder, sig, args):
-        i32 = ir.IntType(32)
-        pointer = builder.inttoptr(args[0], ir.IntType(8).as_pointer())
-        fnty = ir.FunctionType(ir.VoidType(), [pointer.type, i32, i32, i32])
-        fn = cgutils.get_or_insert_function(builder.module, fnty, "llvm.prefetch.p0")
-        builder.call(fn, [pointer, i32(0), i32(3), i32(1)])
-        return context.get_dummy_value()
+        return types.void(address), codegen
 
-    return types.void(address), codegen
+    return ask
+
+
+#: Ask for the cache line at an address; one outside the array is harmless.
+prefetch = _prefetch(3)
+#: The same, into the second level only.
+prefetch_l2 = _prefetch(2)
 
 
 @intrinsic

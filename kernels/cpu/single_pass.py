@@ -177,7 +177,8 @@ def build(operation, dtype):
                 m, S, U, k = state
                 if not S < math.inf or k < 0.0:
                     m = math.nan
-                if S < UNDERFLOW and k >= 0.0:
+                # Underflow, or logits so large that their scaled values overflow (or NaN).
+                if not S >= UNDERFLOW and (k >= 0.0 or S != S):
                     poke_i64(redo + 8 * (fetch_add(redo, 1) + 1), row)
                 if writes:
                     # NaN rows: everything follows from a NaN top.

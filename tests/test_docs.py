@@ -1,0 +1,152 @@
+"""What is written about klfast is true: its examples run, its tables are current."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+import klfast
+from klfast._operations import OPERATIONS
+
+ROOT = Path(__file__).parent.parent
+TEXTS = sorted(path.relative_to(ROOT) for path in (*ROOT.glob("*.md"), *ROOT.glob("*/*.md")))
+FORMULAS = {each.function: each.formula for each in reversed(OPERATIONS.values())}
+
+
+class Block(NamedTuple):
+    """A fenced block of a text, and the block of output that follows it, if one does."""
+
+    language: str
+    code: str
+    output: str | None
+
+
+def blocks(text: str) -> Iterator[Block]:
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    for (language, code), (following, output) in itertools.pairwise([*found, ("", "")]):
+        yield Block(language, code, output if following == "text" else None)
+
+
+README = list(blocks((ROOT / "README.md").read_text()))
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to run the README's examples in, which may write to it."""
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def words(text: str) -> list[str]:
+    """Words, numbers and signs of an output, without the time it took."""
+    text = re.sub(r"in \S+ s \(.*\)", "", text)
+    return re.findall(r"-?\d[\d.]*(?:e[+-]?\d+)?|\w+|\S", text)
+
+
+def same(shown: str, printed: str) -> bool:
+    """Whether two words are equal, numbers to 3 digits: the next ones depend on the processor."""
+    try:
+        return float(shown) == pytest.approx(float(printed), rel=1e-3)
+    except ValueError:
+        return shown == printed
+
+
+def agree(shown: str, printed: str) -> bool:
+    ours, theirs = words(shown), words(printed)
+    return len(ours) == len(theirs) and all(map(same, ours, theirs))
+
+
+@pytest.mark.usefixtures("checkout")
+def test_the_python_examples_of_the_readme(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torch")
+    names: dict[str, Any] = {}
+    for block in README:
+        if block.language == "python":
+            exec(block.code, names)
+            printed = capsys.readouterr().out
+            assert agree(block.output or "", printed), printed
+
+
+def test_the_commands_of_the_readme(checkout: Path) -> None:
+    commands = [block.code for block in README if block.language == "console"]
+    assert commands
+    for code in commands:
+        command, shown = code.removeprefix("$ ").split("\n", 1)
+        command, _, comment = command.partition("  # ")
+        program, *arguments = shlex.split(command)
+        assert program == "klfast"
+        done = subprocess.run(
+            [sys.executable, "-m", "klfast", *arguments],
+            capture_output=True,
+            text=True,
+            cwd=checkout,
+            env=os.environ | {"PYTHONIOENCODING": "utf-8"},
+            encoding="utf-8",
+        )
+        assert done.returncode == int(comment.removeprefix("exit status ") or 0), done.stderr
+        if shown:
+            assert agree(shown, done.stdout), done.stdout
+
+
+def test_the_example_scripts() -> None:
+    scripts = sorted((ROOT / "examples").glob("*.py"))
+    assert scripts
+    for script in scripts:
+        done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout
+
+
+def test_the_table_of_operations_is_current() -> None:
+    page: Callable[[], str] = runpy.run_path(str(ROOT / "docs/operations.py"))["page"]
+    written = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
+    assert written == page(), "write it again with: make docs"
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=str)
+def test_links_lead_somewhere(text: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / text).read_text(encoding="utf-8")):
+        if not target.startswith("https://"):
+            assert (ROOT / text.parent / target).exists(), target
+
+
+def test_make_targets_that_texts_name_exist() -> None:
+    defined = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for text in TEXTS:
+        named = re.findall(r"(?:^|`)make ([\w-]+)", (ROOT / text).read_text(), re.MULTILINE)
+        assert set(named) <= defined, text
+
+
+@pytest.mark.parametrize("name", sorted(klfast.__all__))
+def test_public_names_say_what_they_do(name: str) -> None:
+    thing = getattr(klfast, name)
+    assert len(inspect.getdoc(thing) or "") > 40
+    if not inspect.isfunction(thing) or "axis" not in inspect.signature(thing).parameters:
+        return
+    text = inspect.getdoc(thing) or ""
+    for part in ("Arguments:", "shape (..., V)", "float16, bfloat16, float32 or float64",
+                 "Returns:", "Raises:", "TypeError:", "ValueError:"):  # fmt: skip
+        assert part in text, part
+    for argument in inspect.signature(thing).parameters:
+        assert re.search(rf"\b{argument}\b", text), argument
+    if name in FORMULAS:
+        assert FORMULAS[name] in text
+        assert "Source:" in text
+
+
+@pytest.mark.parametrize("name", sorted(FORMULAS))
+def test_functions_of_the_reference_say_what_they_compute(name: str) -> None:
+    assert inspect.getdoc(getattr(klfast.reference, name))
