@@ -160,7 +160,8 @@ def picture(results: Results, path: Path) -> None:
     for at, share in enumerate(own):
         axes.annotate(
             f"{share:.2f}", (share, at), (0, 7), textcoords="offset points",
-            ha="center", color="C0", fontsize=9, fontweight="bold",
+            ha="center", color="C0", fontsize=9, fontweight="bold", zorder=6,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
         )  # fmt: skip
     for name, (color, marker) in styles.items():
         points = [
@@ -182,8 +183,8 @@ def picture(results: Results, path: Path) -> None:
     axes.set_xlabel("speed, as a share of a plain read of the same bytes (logarithmic)")
     about = results.about
     axes.set_title(
-        f"{text_of(results.shapes[0])} logits on {about['processor']}, {about['threads']} threads, "
-        f"{about['read speed']}",
+        f"{text_of(results.shapes[0])} logits on {about['processor']}, {about['threads']} threads; "
+        f"plain read {about['read speed']}",
         fontsize=10,
     )
     axes.grid(axis="x", which="both", alpha=0.2)

@@ -33,7 +33,7 @@ HERE = Path(__file__).resolve().parent
 def main() -> None:
     """Measure, print, and write the files."""
     options = _options()
-    threads = _set_threads(options.threads)
+    threads, load = _set_threads(options.threads), _busy()
     shapes = options.shapes or (QUICK_SHAPES if options.quick else SHAPES)
     cases = tuple(
         case
@@ -51,7 +51,7 @@ def main() -> None:
         )
         measured += _measure(shape, cases, peers, rounds, options.patience)
     figures = {} if options.only else process.measure(2 if options.quick else 15)
-    results = Results(_about(threads, measured), measured, figures)
+    results = Results(_about(threads, load, measured), measured, figures)
     print(report.text(results))
 
     complete = not (options.quick or options.only or options.shapes)
@@ -93,27 +93,34 @@ def _measure(
 def _set_threads(count: int | None) -> int:
     """Give every library the same cores, before any of them starts its threads.
 
-    klfast, PyTorch and JAX size their pools by the cores that the process may use; JAX has no
-    other way to be told.
+    All size their pools by the cores that the process may use. JAX has no other way to be told,
+    and torch.set_num_threads would do more than that: the exponentials of even the smallest
+    tensors would then be shared out to threads.
     """
     if count is not None:
         if not hasattr(os, "sched_setaffinity"):
             sys.exit("--threads: this system cannot limit a process to some of the cores")
         cores = sorted(os.sched_getaffinity(0))
-        if count > len(cores):
+        if not 1 <= count <= len(cores):
             sys.exit(f"--threads {count}: there are {len(cores)} cores")
         os.sched_setaffinity(0, cores[:count])
-    threads = klfast.get_num_threads()
-    try:
-        import torch
-    except ImportError:
-        pass
-    else:
-        torch.set_num_threads(threads)
-    return threads
+    return klfast.get_num_threads()
 
 
-def _about(threads: int, cases: Sequence[Case]) -> dict[str, str]:
+def _busy() -> str:
+    """Return what else the machine does, and say so if it is too much."""
+    if not hasattr(os, "getloadavg"):
+        return "unknown"
+    load = os.getloadavg()[0]
+    if load > 0.5:
+        _say(
+            f"the machine is busy (load {load:.1f}): libraries that wait for each of their threads "
+            "suffer more from that than klfast does, so the comparison is not fair to them"
+        )
+    return f"{load:.2f}"
+
+
+def _about(threads: int, load: str, cases: Sequence[Case]) -> dict[str, str]:
     """What the figures were measured on."""
     facts = machine()
     first = cases[0]
@@ -127,11 +134,12 @@ def _about(threads: int, cases: Sequence[Case]) -> dict[str, str]:
         "processor": str(facts["processor"]),
         "cores": str(facts["cores"]),
         "threads": str(threads),
+        "load before": load,
         "read speed": f"{size / read / 1e9:.3g} GB/s",
         "system": str(facts["platform"]),
         "versions": ", ".join(installed),
-        "threads of the libraries": f"klfast and PyTorch {threads}; JAX a pool of that size, which "
-        "it decides itself; NumPy and SciPy have one for these functions",
+        "threads of the libraries": f"klfast, PyTorch and JAX {threads}, as many as there are "
+        "cores for them; NumPy and SciPy have one for these functions",
     }
 
 

@@ -216,6 +216,10 @@ INFINITE_WITHOUT_Q = {"kl", "cross_entropy", "jeffreys", "renyi_inf"}
 INFINITE_WITHOUT_P = {"jeffreys"}
 
 
+#: Rounding must not carry a result beyond what it can be.
+CEILING = {"tv": 1.0, "hellinger2": 1.0}
+
+
 def build(operation):
     if operation in ("statistics", "log_softmax", "renyi_entropy"):
         return _build_single(operation)
@@ -302,15 +306,16 @@ def _build_single(operation):
                         u = s
                         r = s
                         for j in range(0, n, LANES64):
-                            w = (_get(buffer + 8 * j) - top) * ip
+                            w = _get(buffer + 8 * j)
                             w = where(lane_is(w, index - start - j), -math.inf, w)
-                            e = exp_64(w)
-                            w = vmax(w, -_LARGEST)
+                            none = w == -math.inf
+                            w = vmax((w - top) * ip, -_LARGEST)
+                            e = where(none, 0.0, exp_64(w))
                             s = s + e
                             if statistics:
                                 u = fma(e, -w, u)
                             elif not writes:
-                                r = r + where(w == -_LARGEST, 0.0, exp_64(alpha * w))
+                                r = r + where(none, 0.0, exp_64(alpha * w))
                         S += hsum(s)
                         U += hsum(u)
                         R += hsum(r)
@@ -368,6 +373,7 @@ def _build_pair(operation):
     integrand = SUMS[operation]
     without_q = operation in INFINITE_WITHOUT_Q
     without_p = operation in INFINITE_WITHOUT_P
+    ceiling = CEILING.get(operation, math.inf)
     order = operation == "renyi"
     exponent = log_mass_inside if operation == "renyi_0" else renyi_exponent
     largest_only = operation == "renyi_inf"
@@ -411,15 +417,16 @@ def _build_pair(operation):
                 near = _get(t + 8 * j)
                 d = where(unordered(near, near), d, near)
             store(t + 8 * j, d)
-            store(x + 8 * j, u)
-            store(y + 8 * j, v)
+            # A finite logit far below the range is still in the support.
+            store(x + 8 * j, where(p == -math.inf, p, vmax(u, -_LARGEST)))
+            store(y + 8 * j, where(q == -math.inf, q, vmax(v, -_LARGEST)))
 
     @inline
-    def terms(x, y, t, j, off, log_x, log_y):
+    def terms(x, y, t, j, off, fine, log_x, log_y):
         """p, q, log(q/p), log p, log q of one vector; all 0 or finite outside the supports."""
         log_p = _get(x + 8 * j) - log_x
         log_q = _get(y + 8 * j) - log_y
-        d = _get(t + 8 * j) + off
+        d = (_get(t + 8 * j) + off) + fine
         d = where(unordered(d, d), 0.0, vmin(vmax(d, -_LARGEST), _LARGEST))
         return exp_64(log_p), exp_64(log_q), d, log_p, log_q
 
@@ -484,7 +491,9 @@ def _build_pair(operation):
 
                 # 2. Normalizers, relative to the maxima, and the logarithm of their ratio:
                 # ``off`` tends to log(Sx/Sy), with the tops in.
+                # The last correction is kept apart, because t + off cancels.
                 off = 0.0
+                fine = 0.0
                 Sx = 0.0
                 Sy = 0.0
                 for attempt in range(4):
@@ -492,8 +501,8 @@ def _build_pair(operation):
                     Sy = 0.0
                     D = 0.0
                     H = 0.0
-                    fx = math.exp(-0.5 * off)
-                    fy = math.exp(0.5 * off)
+                    fx = math.exp(-0.5 * (off + fine))
+                    fy = math.exp(0.5 * (off + fine))
                     for start in range(0, width, TILE):
                         n = min(TILE, width - start)
                         stage_pair(
@@ -507,7 +516,7 @@ def _build_pair(operation):
                         for j in range(0, n, LANES64):
                             ex = exp_64(_get(x + 8 * j))
                             ey = exp_64(_get(y + 8 * j))
-                            d = _get(t + 8 * j) + off
+                            d = (_get(t + 8 * j) + off) + fine
                             tau = vmin(vabs(d), 700.0)  # NaN from -inf - -inf: ex = ey = 0
                             change = vmax(ex * fx, ey * fy) * -expm1_64(-tau)
                             change_sum = change_sum + copysign(change, d)
@@ -519,11 +528,16 @@ def _build_pair(operation):
                         D += hsum(change_sum)
                         H += hsum(size)
                     total = fx * (1.0 + Sx) + fy * (1.0 + Sy)
-                    if abs(D) < 0.5 * total:
-                        off -= 2.0 * math.atanh(D / total)
-                    else:
+                    if not abs(D) < 0.5 * total:
                         off = math.log1p(Sx) - math.log1p(Sy)
-                    if abs(D) <= 0.25 * H or not abs(off) < 600.0:
+                        fine = 0.0
+                    elif abs(D) > 0.25 * H:
+                        off += fine - 2.0 * math.atanh(D / total)
+                        fine = 0.0
+                    else:
+                        fine -= 2.0 * math.atanh(D / total)
+                        break
+                    if not abs(off) < 600.0:
                         break
                 log_x = math.log1p(Sx)
                 log_y = math.log1p(Sy)
@@ -540,7 +554,7 @@ def _build_pair(operation):
                     s = splat64(0.0)
                     m = splat64(-math.inf)
                     for j in range(0, n, LANES64):
-                        p_, q_, d, log_p, log_q = terms(x, y, t, j, off, log_x, log_y)
+                        p_, q_, d, log_p, log_q = terms(x, y, t, j, off, fine, log_x, log_y)
                         term = integrand(p_, q_, d, log_p, log_q, parameter)
                         if largest_only:
                             m = vmax(term, m)
@@ -557,7 +571,9 @@ def _build_pair(operation):
                     # The logarithm of the sum whose terms' logarithms are the exponents: of
                     # S = sum p**alpha q**(1 - alpha), or of Q's mass on the support of P.
                     log_s = -math.inf
-                    if peak > -math.inf:
+                    if peak == math.inf:
+                        log_s = peak
+                    elif peak > -math.inf:
                         total = 0.0
                         for start in range(0, width, TILE):
                             n = min(TILE, width - start)
@@ -568,16 +584,21 @@ def _build_pair(operation):
                             s = splat64(0.0)
                             for j in range(0, n, LANES64):
                                 p_, q_, d, log_p, log_q = terms(
-                                    x, y, t, j, off, log_x, log_y
+                                    x, y, t, j, off, fine, log_x, log_y
                                 )
                                 r = exponent(p_, q_, d, log_p, log_q, parameter)
                                 s = s + exp_64(r - peak)
                             total += hsum(s)
                         log_s = peak + math.log(total)
-                    # Close to 0 it comes from the sum that does not cancel.
-                    if abs(log_s) < 1.0:
-                        log_s = math.log1p(-value if support else value)
+                    # Close to 0 it comes from the sum that does not cancel, which on the other
+                    # hand has lost terms where p underflows.
+                    close = math.log1p(max(-value if support else value, -1.0))
+                    if abs(log_s) < 1.0 and abs(close - log_s) < 1e-9:
+                        log_s = close
                     value = -log_s if support else log_s / parameter
-                poke_f64(out + 8 * row, 0.0 if value <= 0.0 else value)
+                if operation == "js":
+                    w = parameter
+                    value = min(value, -w * math.log(w) - (1.0 - w) * math.log1p(-w))
+                poke_f64(out + 8 * row, min(max(value, 0.0), ceiling))
 
     return kernel

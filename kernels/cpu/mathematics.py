@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import math
 
-from numba import njit
-
+from .compiler import jit
 from .simd import (
     HAS_SCALEF,
     fma,
@@ -31,10 +30,8 @@ from .simd import (
 )
 
 #: Helpers are inlined into the kernels that call them; only the large ones stay functions.
-outline = njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
-inline = njit(
-    forceinline=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True
-)
+outline = jit()
+inline = jit(forceinline=True)
 
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453

@@ -7,58 +7,80 @@ are kept here as plain object files.  A file's name is a digest of everything th
 content depends on (the source of every kernel module, the compilers' versions, the
 processor), so that a file once written is right forever and is never written twice; it
 appears under its name only when complete; its content is checked by a digest of its own.
-LLVM links it into the process, and ctypes calls it with the GIL released.
+Files that no process has used for two months are removed.  LLVM links an object file into
+the process, and ctypes calls it with the GIL released.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import importlib
-import json
 import os
+import stat
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-_CTYPES = {"q": ctypes.c_int64, "d": ctypes.c_double}
+_CTYPES: dict[str, type[ctypes.c_int64 | ctypes.c_double]] = {
+    "q": ctypes.c_int64,
+    "d": ctypes.c_double,
+}
+_SUFFIX = ".klfast"
+_DAY = 86400.0
 _lock = threading.RLock()
+if hasattr(os, "register_at_fork"):
+    # A fork waits for a compilation to end: its child could never get the locks of Numba and
+    # LLVM that another thread holds.
+    os.register_at_fork(
+        before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release
+    )
+
+
+def _user_folder() -> Path:
+    if explicit := os.environ.get("KLFAST_CACHE_DIR"):
+        return Path(explicit)
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or "~").expanduser() / "klfast"
+    if sys.platform == "darwin":
+        return Path("~/Library/Caches/klfast").expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "klfast"
+
+
+def _temporary_folder() -> Path:
+    user = os.getuid() if hasattr(os, "getuid") else "user"
+    return Path(tempfile.gettempdir()) / f"klfast-{user}"
+
+
+def _is_private(directory: Path) -> bool:
+    """Whether nobody else can put a file into the directory, or another one into its place."""
+    if not hasattr(os, "getuid"):
+        return True  # Windows: both places belong to the user
+    info = directory.lstat()
+    return stat.S_ISDIR(info.st_mode) and info.st_uid == os.getuid() and not info.st_mode & 0o022
 
 
 @functools.cache
 def cache_directory() -> Path | None:
     """Where object files are kept; None if no place can be written to.
 
-    ``KLFAST_CACHE_DIR`` if set, else the user's cache folder, else a private folder among
-    the temporary files.
+    ``KLFAST_CACHE_DIR`` if set, else the user's cache folder; where that one cannot be used, a
+    folder among the temporary files.  Object code is executed, so a folder that is a link,
+    belongs to another user or can be written to by others is not used.
     """
-    candidates = []
-    if explicit := os.environ.get("KLFAST_CACHE_DIR"):
-        candidates.append(Path(explicit))
-    elif sys.platform == "win32":
-        candidates.append(Path(os.environ.get("LOCALAPPDATA", "~")).expanduser() / "klfast")
-    elif sys.platform == "darwin":
-        candidates.append(Path("~/Library/Caches/klfast").expanduser())
-    else:
-        xdg = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        candidates.append(Path(xdg).expanduser() / "klfast")
-    user = getattr(os, "getuid", lambda: "user")()
-    candidates.append(Path(tempfile.gettempdir()) / f"klfast-{user}")
-    for directory in candidates:
-        try:
+    for locate in (_user_folder, _temporary_folder):
+        # RuntimeError: the home folder cannot be found.
+        with contextlib.suppress(OSError, RuntimeError):
+            directory = locate().absolute()
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-            # Object code is executed: never load it from a folder that others can write to.
-            info = directory.stat()
-            if hasattr(os, "getuid") and (info.st_uid != os.getuid() or info.st_mode & 0o022):
-                continue
-            with tempfile.TemporaryFile(dir=directory):
-                return directory
-        except (OSError, RuntimeError):  # RuntimeError: the home folder cannot be found
-            continue
+            if _is_private(directory):
+                with tempfile.TemporaryFile(dir=directory):
+                    return directory
     return None
 
 
@@ -77,91 +99,97 @@ def vector_bits() -> int:
     return 512 if features.get("avx512f") else 256 if features.get("avx2") else 128
 
 
+def _sources() -> bytes:
+    """Digest of the source of every kernel module; empty where there is none to be read."""
+    files = sorted(Path(__file__).parent.glob("*.py*"))
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.digest() if files else b""
+
+
 @functools.cache
-def _fingerprint() -> bytes:
-    """Digest of all that every kernel's machine code depends on, besides its own name."""
+def _fingerprint() -> tuple[bytes, bytes]:
+    """Digests of what every kernel's machine code depends on: the source, and all else."""
     from importlib.metadata import version
 
     from llvmlite import binding
 
-    digest = hashlib.sha256()
-    for source in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
-    features = binding.get_host_cpu_features().flatten()
-    for fact in (
+    facts = (
         version("numba"),
         version("llvmlite"),
         binding.llvm_version_info,
         binding.get_process_triple(),
         binding.get_host_cpu_name(),
-        features,
+        binding.get_host_cpu_features().flatten(),
         sys.version_info[:2],
-        {k: v for k, v in os.environ.items() if k.startswith("NUMBA_")},
-    ):
-        digest.update(repr(fact).encode() + b"\0")
-    return digest.digest()
+        sorted((k, v) for k, v in os.environ.items() if k.startswith("NUMBA_")),
+    )
+    return _sources(), hashlib.sha256(repr(facts).encode()).digest()
+
+
+def _path(name: str) -> Path | None:
+    """The file that a kernel is kept in; None if it cannot be kept."""
+    directory = cache_directory()
+    source, machine = _fingerprint()
+    if directory is None or not source:
+        return None
+    stem = hashlib.sha256(source + machine + name.encode()).hexdigest()[:40]
+    return directory / (stem + _SUFFIX)
 
 
 def _read(path: Path) -> tuple[str, bytes] | None:
     """(symbol, object code), or None if the file is not there or not whole."""
     try:
-        content = path.read_bytes()
+        digest, _, content = path.read_bytes().partition(b"\n")
     except OSError:
         return None
-    header, _, code = content.partition(b"\n")
-    try:
-        facts = json.loads(header)
-        if facts["sha256"] == hashlib.sha256(code).hexdigest():
-            return str(facts["symbol"]), code
-    except (ValueError, KeyError, TypeError):
-        pass
-    return None
+    if digest != hashlib.sha256(content).hexdigest().encode():
+        return None
+    with contextlib.suppress(OSError):
+        if time.time() - path.stat().st_mtime > _DAY:
+            os.utime(path)  # still in use
+    symbol, _, code = content.partition(b"\n")
+    return symbol.decode(), code
 
 
 def _write(path: Path, symbol: str, code: bytes) -> None:
-    header = {"symbol": symbol, "sha256": hashlib.sha256(code).hexdigest()}
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
+    content = symbol.encode() + b"\n" + code
+    # A full disk or a folder that went away only costs the next compilation.
+    with contextlib.suppress(OSError):
+        handle, name = tempfile.mkstemp(dir=path.parent, suffix=_SUFFIX)
+        temporary = Path(name)
         try:
             with os.fdopen(handle, "wb") as file:
-                file.write(json.dumps(header).encode() + b"\n" + code)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-    except OSError:
-        pass  # a full disk or a folder that went away only costs the next compilation
+                file.write(hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        for other in path.parent.glob(f"*{_SUFFIX}"):
+            if time.time() - other.stat().st_mtime > 60 * _DAY:
+                other.unlink()
 
 
 def _compile(module: str, arguments: tuple[str, ...], signature: str) -> tuple[str, bytes]:
     """Let Numba compile ``module.build(*arguments)``; returns its symbol and object code."""
-    from numba import njit, types
+    from numba import types
+
+    from .compiler import compile_kernel
 
     build = importlib.import_module(f".{module}", __package__).build
     kinds = {"q": types.int64, "d": types.float64}
-    dispatcher = njit(
-        nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True
-    )(build(*arguments))
-    dispatcher.compile(types.void(*(kinds[kind] for kind in signature)))
-    (result,) = dispatcher.overloads.values()
-    return result.fndesc.llvm_func_name, result.library._get_compiled_object()
-
-
-@functools.cache
-def _target_machine() -> Any:
-    from llvmlite import binding
-
-    binding.initialize_native_target()
-    binding.initialize_native_asmprinter()
-    return binding.Target.from_default_triple().create_target_machine()
+    return compile_kernel(build(*arguments), types.void(*(kinds[kind] for kind in signature)))
 
 
 def _link(symbol: str, code: bytes, signature: str) -> Callable[..., None]:
     """Load object code into this process; returns a function of integers and floats."""
     from llvmlite import binding
 
+    binding.initialize_native_target()
+    binding.initialize_native_asmprinter()
     # One engine for each kernel: symbols of different files never meet.
-    engine = binding.create_mcjit_compiler(binding.parse_assembly(""), _target_machine())
+    machine = binding.Target.from_default_triple().create_target_machine()
+    engine = binding.create_mcjit_compiler(binding.parse_assembly(""), machine)
     engine.add_object_file(binding.ObjectFileRef.from_data(code))
     engine.finalize_object()
     # Numba's calling convention puts two pointers first (return value, exception).
@@ -177,14 +205,12 @@ def _link(symbol: str, code: bytes, signature: str) -> Callable[..., None]:
 
 @functools.cache
 def _kernel(module: str, arguments: tuple[str, ...], signature: str) -> Callable[..., None]:
-    name = repr((module, arguments, signature)).encode()
-    stem = hashlib.sha256(_fingerprint() + name).hexdigest()[:40]
-    directory = cache_directory()
-    path = directory / f"{stem}.o" if directory else None
+    path = _path(repr((module, arguments, signature)))
     found = _read(path) if path else None
     if found is None:
         found = _compile(module, arguments, signature)
-        if path:
+        # Not if files changed since the name was made: it would stand for other source.
+        if path and _sources() == _fingerprint()[0]:
             _write(path, *found)
     return _link(*found, signature)
 

@@ -42,6 +42,7 @@ import math
 
 from .mathematics import LN_2, LOG2_E, excess, exp2_32, inline, phi, phi_32
 from .rowloop import (
+    BLOCK,
     TILE,
     UNDERFLOW,
     ahead,
@@ -59,6 +60,7 @@ from .simd import (
     f32v,
     fetch_add,
     fma,
+    fold64,
     hany,
     hmax,
     hsum,
@@ -68,6 +70,7 @@ from .simd import (
     poke_f64,
     poke_i64,
     splat32,
+    splat64,
     tail_loader,
     unordered,
     vmax,
@@ -157,47 +160,48 @@ def build(operation, dtype_p, dtype_q):
     @inline
     def sums(x, y, start, stop, hole, a, ref, c, beta, limit):
         """(S, D, B, G, largest t, largest -t, any NaN) of [start, stop) without ``hole``."""
-        S = splat32(0.0)
+        zero = splat32(0.0)
+        S = splat64(0.0)
         D = S
         B = S
         G = S
-        high = S
-        low = S
-        bad = lane_is(S, -1)
+        high = zero
+        low = zero
+        bad = lane_is(zero, -1)
         full = start + (stop - start) // LANES32 * LANES32
         j = start
         while j < stop:
             last = full
             if j <= hole < full:
                 last = start + (hole - start) // LANES32 * LANES32
+            last = min(last, j + BLOCK)
+            s = zero
+            d = zero
+            b = zero
+            g = zero
             while j < last:
                 ahead_p(x, j)
                 ahead_q(y, j)
-                p = load_p(x + j * size_p)
-                q = load_q(y + j * size_q)
-                S, D, B, G, high, low, bad = step(
-                    p, q, a, ref, c, beta, limit, S, D, B, G, high, low, bad
-                )
+                s, d, b, g, high, low, bad = step(
+                    load_p(x + j * size_p), load_q(y + j * size_q),
+                    a, ref, c, beta, limit, s, d, b, g, high, low, bad,
+                )  # fmt: skip
                 j += LANES32
-            if j < stop:
+            if j == full or j <= hole < j + LANES32:
                 p = tail_p(x + j * size_p, stop - j)
                 q = tail_q(y + j * size_q, stop - j)
                 out = lane_is(p, hole - j)
                 p = where(out, -math.inf, p)
                 q = where(out, -math.inf, q)
-                S, D, B, G, high, low, bad = step(
-                    p, q, a, ref, c, beta, limit, S, D, B, G, high, low, bad
+                s, d, b, g, high, low, bad = step(
+                    p, q, a, ref, c, beta, limit, s, d, b, g, high, low, bad
                 )
                 j += LANES32
-        return (
-            f64(hsum(S)),
-            f64(hsum(D)),
-            f64(hsum(B)),
-            f64(hsum(G)),
-            hmax(high),
-            hmax(-low),
-            hany(bad),
-        )
+            S = S + fold64(s)
+            D = D + fold64(d)
+            B = B + fold64(b)
+            G = G + fold64(g)
+        return hsum(S), hsum(D), hsum(B), hsum(G), hmax(high), hmax(-low), hany(bad)
 
     @inline
     def part(x, y, start, stop, a, beta, limit):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from .simd import f32v, fetch_add, hsum, loader, poke_f64, splat32
+from .simd import f32v, fetch_add, hsum, loader, poke_f64, prefetch, splat32
 
 
-#: Bytes that a thread takes at a time.
-BLOCK = 1 << 18
+#: Bytes that a thread takes at a time, in four streams side by side.
+BLOCK = 1 << 20
 
 _load = loader("float32", f32v)
 
@@ -17,15 +17,20 @@ def build():
             begin = fetch_add(counter, 1) * BLOCK
             if begin >= n_bytes:
                 return
+            part = (min(BLOCK, n_bytes - begin) // 4) & -64
             a = splat32(0.0)
             b = a
             c = a
             d = a
-            for at in range(address + begin, address + min(begin + BLOCK, n_bytes) - 255, 256):
+            for at in range(address + begin, address + begin + part, 64):
+                prefetch(at + 2048)
+                prefetch(at + 2048 + part)
+                prefetch(at + 2048 + 2 * part)
+                prefetch(at + 2048 + 3 * part)
                 a = a + _load(at)
-                b = b + _load(at + 64)
-                c = c + _load(at + 128)
-                d = d + _load(at + 192)
+                b = b + _load(at + part)
+                c = c + _load(at + 2 * part)
+                d = d + _load(at + 3 * part)
             # The sum is stored so that no load can be left out.
             poke_f64(out, hsum((a + b) + (c + d)))
 

@@ -21,9 +21,13 @@ from .simd import (
     vmax,
 )
 
-#: Entries in a tile: sums run in float32 within it and in float64 from tile to tile.  Two
-#: float32 tiles of each array (the one at work and the one being prefetched) fit in L1.
+#: Entries in a tile, whose maximum is known before they are summed.  Two float32 tiles of each
+#: array (the one at work and the one being prefetched) fit in L1.
 TILE = 2048
+
+#: Entries that are summed in float32 before they go to float64: 32 additions in a lane.  (Equal
+#: terms, as masked or flat rows have, round the same way every time.)
+BLOCK = 512
 
 #: How far ahead to ask for memory: the whole next tile must be there when its maximum is
 #: looked for, and its last entries a while earlier.

@@ -369,6 +369,22 @@ hmax = _reduction("fmax", False)
 
 
 @intrinsic
+def fold64(typingctx, a):
+    """A float32 vector as a float64 vector of half as many sums of two lanes."""
+
+    def codegen(context, builder, sig, args):
+        i32, half = ir.IntType(32), a.lanes // 2
+        parts = []
+        for start in (0, half):
+            lanes = ir.Constant(ir.VectorType(i32, half), list(range(start, start + half)))
+            part = builder.shuffle_vector(args[0], args[0], lanes)
+            parts.append(builder.fpext(part, f64v.llvm))
+        return builder.fadd(*parts)
+
+    return f64v(a), codegen
+
+
+@intrinsic
 def hany(typingctx, m):
     """True if any lane of the mask is set."""
 
@@ -485,26 +501,19 @@ def tail_loader(dtype, ty):
     return load
 
 
-def _prefetch(locality):
-    @intrinsic
-    def ask(typingctx, address):
-        def codegen(context, builder, sig, args):
-            i32 = ir.IntType(32)
-            pointer = builder.inttoptr(args[0], ir.IntType(8).as_pointer())
-            fnty = ir.FunctionType(ir.VoidType(), [pointer.type, i32, i32, i32])
-            fn = cgutils.get_or_insert_function(builder.module, fnty, "llvm.prefetch.p0")
-            builder.call(fn, [pointer, i32(0), i32(locality), i32(1)])
-            return context.get_dummy_value()
+@intrinsic
+def prefetch(typingctx, address):
+    """Ask for the cache line at an address; one outside the array is harmless."""
 
-        return types.void(address), codegen
+    def codegen(context, builder, sig, args):
+        i32 = ir.IntType(32)
+        pointer = builder.inttoptr(args[0], ir.IntType(8).as_pointer())
+        fnty = ir.FunctionType(ir.VoidType(), [pointer.type, i32, i32, i32])
+        fn = cgutils.get_or_insert_function(builder.module, fnty, "llvm.prefetch.p0")
+        builder.call(fn, [pointer, i32(0), i32(3), i32(1)])
+        return context.get_dummy_value()
 
-    return ask
-
-
-#: Ask for the cache line at an address; one outside the array is harmless.
-prefetch = _prefetch(3)
-#: The same, into the second level only.
-prefetch_l2 = _prefetch(2)
+    return types.void(address), codegen
 
 
 @intrinsic

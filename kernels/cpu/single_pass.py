@@ -12,6 +12,7 @@ import math
 
 from .mathematics import LN_2, LOG2_E, exp2_32, inline
 from .rowloop import (
+    BLOCK,
     STATISTICS,
     TILE,
     UNDERFLOW,
@@ -29,6 +30,7 @@ from .simd import (
     f32v,
     fetch_add,
     fma,
+    fold64,
     hsum,
     lane_is,
     loader,
@@ -37,6 +39,7 @@ from .simd import (
     poke_f64,
     poke_i64,
     splat32,
+    splat64,
     store,
     store_tail,
     tail_loader,
@@ -80,31 +83,29 @@ def build(operation, dtype):
 
     @inline
     def sums(x, start, stop, hole, a, ref):
-        S = splat32(0.0)
+        zero = splat32(0.0)
+        S = splat64(0.0)
         U = S
-        S1 = S
-        U1 = S
         full = start + (stop - start) // LANES32 * LANES32
         j = start
         while j < stop:
             last = full
             if j <= hole < full:
                 last = start + (hole - start) // LANES32 * LANES32
-            while j + LANES32 < last:
+            last = min(last, j + BLOCK)
+            s = zero
+            u = zero
+            while j < last:
                 look_ahead(x, j)
-                S, U = step(load(x + j * size), a, ref, S, U)
+                s, u = step(load(x + j * size), a, ref, s, u)
                 j += LANES32
-                look_ahead(x, j)
-                S1, U1 = step(load(x + j * size), a, ref, S1, U1)
-                j += LANES32
-            if j < last:
-                S, U = step(load(x + j * size), a, ref, S, U)
-                j += LANES32
-            if j < stop:
+            if j == full or j <= hole < j + LANES32:
                 p = load_tail(x + j * size, stop - j)
-                S, U = step(where(lane_is(p, hole - j), -math.inf, p), a, ref, S, U)
+                s, u = step(where(lane_is(p, hole - j), -math.inf, p), a, ref, s, u)
                 j += LANES32
-        return f64(hsum(S + S1)), f64(hsum(U + U1))
+            S = S + fold64(s)
+            U = U + fold64(u)
+        return hsum(S), hsum(U)
 
     @inline
     def part(x, start, stop, a):

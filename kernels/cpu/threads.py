@@ -8,14 +8,13 @@ too; helpers that wake up late find the counter exhausted and do nothing.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Callable
 from queue import SimpleQueue
 
 _limit: int | None = None
-_pool: tuple[int, int, SimpleQueue[_Job]] | None = None  # (process, helpers, queue)
-_lock = threading.Lock()
 
 
 class _Job:
@@ -48,6 +47,25 @@ class _Job:
                 if self.running == 0:
                     self.idle.release()
 
+    def close(self) -> None:
+        """Let nobody join any more, and wait for those that have.
+
+        They write into memory of the caller, so that even what a signal handler raises here
+        has to wait for them.
+        """
+        interruption: BaseException | None = None
+        waiting = True
+        while waiting:
+            try:
+                with self.lock:
+                    self.closed = True
+                with self.idle:
+                    waiting = False
+            except BaseException as error:
+                interruption = error
+        if interruption is not None:
+            raise interruption
+
 
 def available_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
@@ -70,22 +88,40 @@ def _serve(queue: SimpleQueue[_Job]) -> None:
         queue.get().join()
 
 
-def _queue(helpers: int) -> SimpleQueue[_Job]:
-    """The helpers' queue.  A forked child has none of its parent's threads: it starts its own."""
-    global _pool, _lock
-    process = os.getpid()
-    if _pool is None or _pool[0] != process or _pool[1] < helpers:
-        if _pool is not None and _pool[0] != process:
-            _lock = threading.Lock()  # the parent may have held it at the fork
-            _pool = None
-        with _lock:
-            have, queue = (_pool[1], _pool[2]) if _pool is not None else (0, SimpleQueue())
-            for number in range(have, helpers):
-                threading.Thread(
-                    target=_serve, args=(queue,), name=f"klfast-{number}", daemon=True
-                ).start()
-            _pool = (process, max(helpers, have), queue)
-    return _pool[2]
+class _Pool:
+    """The threads that help, started when they are first needed."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.size = 0
+        self.queue: SimpleQueue[_Job] = SimpleQueue()
+
+    def offer(self, job: _Job, helpers: int) -> None:
+        """Put the job where that many threads find it."""
+        if self.size < helpers:
+            # RuntimeError: no more threads are to be had, and fewer will do.
+            with contextlib.suppress(RuntimeError), self.lock:
+                while self.size < helpers:
+                    name = f"klfast-{self.size}"
+                    threading.Thread(
+                        target=_serve, args=(self.queue,), name=name, daemon=True
+                    ).start()
+                    self.size += 1
+        for _ in range(min(helpers, self.size)):
+            self.queue.put(job)
+
+
+_pool = _Pool()
+
+
+def _start_anew() -> None:
+    """A forked child has none of its parent's threads, and a lock may have been held."""
+    global _pool
+    _pool = _Pool()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_start_anew)
 
 
 def run(work: Callable[[], None], threads: int) -> None:
@@ -97,15 +133,10 @@ def run(work: Callable[[], None], threads: int) -> None:
         work()
         return
     job = _Job(work)
-    queue = _queue(threads - 1)
-    for _ in range(threads - 1):
-        queue.put(job)
     try:
+        _pool.offer(job, threads - 1)
         work()
     finally:
-        with job.lock:
-            job.closed = True
-        with job.idle:  # helpers that have begun
-            pass
+        job.close()
     if job.error is not None:
         raise job.error

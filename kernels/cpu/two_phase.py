@@ -30,6 +30,7 @@ import math
 
 from .mathematics import LN_2, LOG2_E, exp2_32, inline, one_minus_exp2_32
 from .rowloop import (
+    BLOCK,
     TILE,
     UNDERFLOW,
     ahead,
@@ -47,6 +48,7 @@ from .simd import (
     f32v,
     fetch_add,
     fma,
+    fold64,
     hany,
     hsum,
     lane_is,
@@ -56,6 +58,7 @@ from .simd import (
     poke_i64,
     prefetch,
     splat32,
+    splat64,
     tail_loader,
     unordered,
     vabs,
@@ -122,11 +125,14 @@ def k_jeffreys(tau):
     return one_minus_exp2_32(tau) * tau * LN_2
 
 
+#: Rounding must not carry a result beyond what it can be.
+CEILING = {"js": LN_2, "tv": 1.0, "hellinger2": 1.0}
 INTEGRANDS = {"js": k_js, "tv": k_tv, "hellinger2": k_hellinger2, "jeffreys": k_jeffreys}
 
 
 def build(operation, dtype_p, dtype_q):
     k = INTEGRANDS[operation]
+    ceiling = CEILING.get(operation, math.inf)
     unbounded = operation == "jeffreys"
     first_order = operation == "tv"
     load_p, load_q = loader(dtype_p, f32v), loader(dtype_q, f32v)
@@ -169,22 +175,34 @@ def build(operation, dtype_p, dtype_q):
     @inline
     def sums(x, y, start, stop, a, rx, ry, c):
         """(sum M, D, H, any NaN) of [start, stop)."""
-        S = splat32(0.0)
+        zero = splat32(0.0)
+        S = splat64(0.0)
         D = S
         H = S
-        bad = lane_is(S, -1)
+        bad = lane_is(zero, -1)
         full = start + (stop - start) // LANES32 * LANES32
-        for j in range(start, full, LANES32):
-            ahead_p(x, j)
-            ahead_q(y, j)
-            p = load_p(x + j * size_p)
-            q = load_q(y + j * size_q)
-            S, D, H, bad = step(p, q, a, rx, ry, c, S, D, H, bad)
-        if full < stop:
-            p = tail_p(x + full * size_p, stop - full)
-            q = tail_q(y + full * size_q, stop - full)
-            S, D, H, bad = step(p, q, a, rx, ry, c, S, D, H, bad)
-        return f64(hsum(S)), f64(hsum(D)), f64(hsum(H)), hany(bad)
+        j = start
+        while j < stop:
+            last = min(full, j + BLOCK)
+            s = zero
+            d = zero
+            h = zero
+            while j < last:
+                ahead_p(x, j)
+                ahead_q(y, j)
+                s, d, h, bad = step(
+                    load_p(x + j * size_p), load_q(y + j * size_q), a, rx, ry, c, s, d, h, bad
+                )
+                j += LANES32
+            if full == j < stop:
+                p = tail_p(x + j * size_p, stop - j)
+                q = tail_q(y + j * size_q, stop - j)
+                s, d, h, bad = step(p, q, a, rx, ry, c, s, d, h, bad)
+                j += LANES32
+            S = S + fold64(s)
+            D = D + fold64(d)
+            H = H + fold64(h)
+        return hsum(S), hsum(D), hsum(H), hany(bad)
 
     @inline
     def first(x, y, start, stop, a):
@@ -217,8 +235,8 @@ def build(operation, dtype_p, dtype_q):
         return state
 
     @inline
-    def second(x, y, start, stop, a, constants, next_x, next_y):
-        """Sum of M k(tau) over [start, stop), asking for the next row meanwhile."""
+    def second(x, y, start, stop, a, constants):
+        """Sum of M k(tau) over [start, stop)."""
         # Normalized exponents u - log2(Sx), v - log2(Sy) and their difference, each with
         # the part of its constant that float32 cannot hold.
         kx, ky, c = constants
@@ -229,35 +247,35 @@ def build(operation, dtype_p, dtype_q):
         ky1 = f32(ky - f64(ky0))
         c1 = f32(c - f64(c0))
         a32 = f32(a)
-        total = 0.0
+        # Backwards, block by block: what the first phase read last is still near.
+        total = splat64(0.0)
         high = splat32(0.0)
-        # Backwards, tile by tile: what the first phase read last is still near.
-        tile_stop = stop
-        while tile_stop > start:
-            j = start + (tile_stop - start - 1) // TILE * TILE
-            full = j + (tile_stop - j) // LANES32 * LANES32
+        block_stop = stop
+        while block_stop > start:
+            block_start = start + (block_stop - start - 1) // BLOCK * BLOCK
+            full = block_start + (block_stop - block_start) // LANES32 * LANES32
             T = splat32(0.0)
-            before = j
-            while j < tile_stop:
+            j = block_start
+            while j < block_stop:
                 prefetch(x + (j - TILE) * size_p)
                 prefetch(y + (j - TILE) * size_q)
                 if j < full:
                     p = load_p(x + j * size_p)
                     q = load_q(y + j * size_q)
                 else:
-                    p = tail_p(x + j * size_p, tile_stop - j)
-                    q = tail_q(y + j * size_q, tile_stop - j)
+                    p = tail_p(x + j * size_p, block_stop - j)
+                    q = tail_q(y + j * size_q, block_stop - j)
                 m = exp2_32(vmax(fma(p, a32, kx0) + kx1, fma(q, a32, ky0) + ky1))
                 tau = vabs(fma(q - p, a32, c0) + c1)
                 if unbounded:
                     high = vmax(tau, high)
                 T = fma(m, k(vmin(tau, FAR)), T)
                 j += LANES32
-            total += f64(hsum(T))
-            tile_stop = before
+            total = total + fold64(T)
+            block_stop = block_start
         if unbounded and hany(high > FAR):
             return math.nan
-        return total
+        return hsum(total)
 
     @inline
     def normalizers(state):
@@ -288,7 +306,7 @@ def build(operation, dtype_p, dtype_q):
                 return math.nan
         elif share * share > 1e6 * total or c * c > 100.0 * total * S:
             return math.nan
-        return total
+        return min(total, ceiling)
 
     def kernel(
         p, p_stride, p_offsets, q, q_stride, q_offsets, width, rows, n_rows,
@@ -324,13 +342,7 @@ def build(operation, dtype_p, dtype_q):
                 S = state[2]
                 if S < math.inf:
                     constants = normalizers(state)
-                    following = min(task + 1, min(start_task + chunk, n_tasks) - 1) // parts
-                    following = task_row(rows, following)
-                    value = second(
-                        x, y, start, stop, a, constants,
-                        row_address(p, p_stride, p_offsets, following),
-                        row_address(q, q_stride, q_offsets, following),
-                    )  # fmt: skip
+                    value = second(x, y, start, stop, a, constants)
                     if parts > 1:
                         poke_f64(at + 40, value)
                         if fetch_add(done + 8 * number, 1) + 1 < parts:
