@@ -54,15 +54,18 @@ def _rows(width: int, dtype_p: str, dtype_q: str) -> dict[str, tuple[Row, Row]]:
     middle = at == width // 2
     pairs: dict[str, tuple[Row, Row]] = {"identical": (x, x)}
 
-    for scale in (1, 5, 50, 70, 90):
-        pairs[f"independent, scale {scale}"] = x * scale, y * scale
-    for scale in (0.01, 1, 60):
+    for scale in (1.0, 5.0, 50.0, 70.0, 90.0):
+        pairs[f"independent, scale {scale:g}"] = x * scale, y * scale
+    for scale in (0.01, 1.0, 60.0):
         base = rounded(x * scale, dtype_p).astype(np.float64)
         for step in (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2):
-            pairs[f"near by {step}, scale {scale}"] = base, base + noise * step
+            pairs[f"near by {step}, scale {scale:g}"] = base, base + noise * step
         up = np.nextafter(rounded(base, dtype_q), DTYPES[dtype_q](INF)).astype(np.float64)
-        pairs[f"one ulp at one entry, scale {scale}"] = base, np.where(middle, up, base)
-        pairs[f"one ulp at the top, scale {scale}"] = base, np.where(at == base.argmax(), up, base)
+        pairs[f"one ulp at one entry, scale {scale:g}"] = base, np.where(middle, up, base)
+        pairs[f"one ulp at the top, scale {scale:g}"] = (
+            base,
+            np.where(at == base.argmax(), up, base),
+        )
     for constant in (100.0, -3e4):
         pairs[f"near, q moved by {constant:g}"] = x, x + noise * 1e-3 + constant
     pairs["both moved by 1e4"] = x + 1e4, y + 1e4

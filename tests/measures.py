@@ -55,7 +55,7 @@ MEASURES = measures()
 def tokens_of(p: Any) -> NDArray[np.int64]:
     """The largest entry of every second row, and any entry of the others."""
     width = p.shape[-1]
-    tokens = np.arange(len(p)) * 7919 % width
+    tokens: NDArray[np.int64] = np.arange(len(p)) * 7919 % width
     tokens[::2] = np.argmax(p[::2].astype(np.float64), axis=-1)
     return tokens
 

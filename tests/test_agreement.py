@@ -6,7 +6,6 @@ for dtype="float64" is compared, so that nothing is hidden by the last rounding.
 
 from __future__ import annotations
 
-import itertools
 from functools import cache
 from typing import Any
 
@@ -19,7 +18,7 @@ import klfast
 from klfast import reference
 from klfast._operations import Operation
 
-PAIRS = tuple(itertools.product(DTYPES, repeat=2))
+PAIRS = [(p, q) for p in DTYPES for q in DTYPES]
 #: One or two parameters of each function, for rows so wide that the reference takes its time.
 FEW_MEASURES = [
     each for each in MEASURES if not each.values[1] or each.values[1][0] in (0.5, 0.9, 2)
@@ -182,8 +181,8 @@ def test_one_row_against_many(operation: Operation, parameters: tuple[float, ...
     copies = np.repeat(p[row : row + 1], len(names), axis=0)
     for given, copied in (((p[row], q), (copies, q)), ((q, p[row]), (q, copies))):
         np.testing.assert_array_equal(
-            computed(operation, parameters, *given, tokens=tokens),
-            computed(operation, parameters, *copied, tokens=tokens),
+            computed(operation, parameters, given[0], given[1], tokens=tokens),
+            computed(operation, parameters, copied[0], copied[1], tokens=tokens),
         )
 
 
@@ -222,12 +221,12 @@ def test_vocab_size(operation: Operation, parameters: tuple[float, ...]) -> None
     """What is beyond it is not read, and the widths may differ."""
     found = cases(130)
     tokens = tokens_of(found.p)
-    wide = [
+    p, q = (
         np.pad(x, ((0, 0), (0, n)), constant_values=np.nan)
-        for x, n in zip(found[1:], (1, 30), strict=True)
-    ]
+        for x, n in zip((found.p, found.q), (1, 30), strict=True)
+    )
     truth = expected(operation, parameters, found.p, found.q)
-    got = computed(operation, parameters, *wide, vocab_size=130, tokens=tokens)
+    got = computed(operation, parameters, p, q, vocab_size=130, tokens=tokens)
     assert_right(operation, found, got, truth)
 
 
@@ -284,8 +283,14 @@ def test_compare_has_the_same_values(width: int, dtypes: tuple[str, str]) -> Non
         for operation, parameters in (each.values for each in FEW_MEASURES)
         if operation.metric and not (operation.name == "topk_overlap" and parameters[0] > width)
     }
-    how = {"targets": tokens_of(found.p), "dtype": "float64", "backend": "cpu"}
-    result = klfast.compare(found.p, found.q, list(measured), **how)
+    result = klfast.compare(
+        found.p,
+        found.q,
+        list(measured),
+        targets=tokens_of(found.p),
+        dtype="float64",
+        backend="cpu",
+    )
     for metric, (operation, parameters) in measured.items():
         truth = expected(operation, parameters, found.p, found.q)
         assert_right(operation, found, result[metric], truth)

@@ -138,7 +138,9 @@ def test_tensors_of_other_libraries() -> None:
     expected = evaluate(base.double().numpy(), test.double().numpy(), TARGETS)
     assert result.base["dtype"] == "bfloat16"
     for name, column in expected.columns.items():
-        np.testing.assert_allclose(result.columns[name], column, rtol=2e-6)
+        # A difference of two probabilities is as accurate as they are.
+        atol = 2e-6 * np.exp(-result.columns["nll_p"]).max() if name == "delta_prob" else 0.0
+        np.testing.assert_allclose(result.columns[name], column, rtol=2e-6, atol=atol)
 
 
 def test_rows_with_nan_are_left_out_and_counted() -> None:

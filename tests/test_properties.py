@@ -41,7 +41,7 @@ SYMMETRIC = [operation for operation in DIVERGENCES.values() if operation.symmet
 Row = NDArray[np.float64]
 
 
-def law(examples: int) -> Any:
+def law(examples: int) -> settings:
     """Check a property on so many examples."""
     return settings(
         max_examples=WANTED or examples, derandomize=not WANTED, deadline=None, database=None
@@ -59,14 +59,9 @@ class Pair(NamedTuple):
         """Twice the relative error that a divergence of them may have."""
         return 2e-13 if "float64" in (self.p.dtype, self.q.dtype) else 4e-6
 
-    @property
-    def exact(self) -> tuple[Row, Row]:
-        return self.p.astype(np.float64), self.q.astype(np.float64)
-
 
 dtypes = st.sampled_from(tuple(DTYPES))
 logits = st.floats(-90, 90, width=32)
-weights = st.floats(0, 1)
 
 
 @st.composite
@@ -147,9 +142,10 @@ def test_bounds(pair: Pair, measure: Any) -> None:
     lower, upper = operation.bounds(parameters, width)
     got = float(computed(operation, parameters, *pair)[0])
     # Rounding may go past the others.
+    rough = pair.rough if operation.arity == 2 else 4e-6
     exact = upper in (0.0, 1.0) or (operation.name, parameters) == ("js", (0.5,))
-    slack = 0.0 if exact else pair.rough * upper
-    assert lower * (1 - pair.rough) <= got
+    slack = 0.0 if exact else rough * upper
+    assert lower * (1 - rough) <= got
     assert got <= upper + (slack if math.isfinite(upper) else 0.0)
 
 
@@ -241,7 +237,7 @@ def test_orders_near_1_are_near_kl(pair: Pair, step: float, above: bool) -> None
     """Log-ratios in a range R bound the slope of the Rényi divergence in alpha by R**2 / 8."""
     alpha = 1 + step if above else 1 - step
     d = np.subtract(*(reference.log_softmax(row) for row in pair))
-    slack = abs(alpha - 1) * np.ptp(d) ** 2 / 8
+    slack = 1.001 * abs(alpha - 1) * np.ptp(d) ** 2 / 8
     kl = value("kl", pair)
     assert value("renyi", pair, alpha) == pytest.approx(kl, rel=pair.rough, abs=slack + 2e-17)
     if abs(alpha - 1) * max(kl, 1) < 1e-3:
@@ -335,7 +331,7 @@ def test_the_parts_of_a_row_make_the_whole(
     names = ("a row that is cut",)
     cut = computed(operation, parameters, x[None], y[None], tokens=[token])
     many = [np.broadcast_to(row, (64, width)) for row in (x, y)]
-    whole = computed(operation, parameters, *many, tokens=np.full(64, token))
+    whole = computed(operation, parameters, many[0], many[1], tokens=np.full(64, token))
     assert (whole == whole[0]).all()
     found = Cases(names, x[None], y[None])
     truth = expected(operation, parameters, x[None], y[None], tokens=np.array([token]))

@@ -19,6 +19,7 @@ number of threads.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import itertools
 import math
@@ -242,8 +243,9 @@ _PLANS = {
 def _address(array: NDArray[Any] | None) -> int:
     if array is None:
         return 0
-    address: int = array.__array_interface__["data"][0]
-    return address
+    if array.size and array.flags.writeable:  # five times as fast as array.ctypes.data
+        return ctypes.addressof(ctypes.c_char.from_buffer(array))
+    return array.ctypes.data
 
 
 def _place(rows: Rows) -> tuple[int, int, int]:
@@ -267,14 +269,14 @@ def _cut(n: int, width: int) -> tuple[int, int, int]:
 
 
 def _launch(
-    function: Callable[..., None], arguments: tuple[Any, ...], entries: int, workers: int
+    function: Callable[..., None], arguments: tuple[Any, ...], entries: int, alone: bool
 ) -> None:
     """Run a kernel in this thread, and in others where there is enough to do."""
-    if workers == 1 or entries < 2 * WORTH_A_THREAD:
+    if alone or entries < 2 * WORTH_A_THREAD:
         function(*arguments)
     else:
-        helpers = min(workers, entries // WORTH_A_THREAD)
-        threads.run(functools.partial(function, *arguments), helpers)
+        workers = min(get_num_threads(), entries // WORTH_A_THREAD)
+        threads.run(functools.partial(function, *arguments), workers)
 
 
 def _step(
@@ -284,9 +286,9 @@ def _step(
     rows: Numbers | None,
     out: NDArray[Any] | Rows,
     tokens: Numbers | None,
-    workers: int,
+    alone: bool = False,
 ) -> None:
-    """Run one kernel, and ``exact`` on the rows that it did not finish.
+    """Run one kernel, and ``exact`` on the rows that it did not finish; in this thread if ``alone``.
 
     ``out`` is an array of values, or for log_softmax the rows to write.
     """
@@ -301,7 +303,7 @@ def _step(
         or not _is_fast(p, q)
         or (written is not None and (written.dtype != "float32" or written.stride != 4))
     ):
-        _step_exact(step, p, q, rows, out, tokens, workers)
+        _step_exact(step, p, q, rows, out, tokens, alone)
         return
     n = p.count if rows is None else len(rows)
     chunk, parts, part_width = _cut(n, p.width) if written is None else (1, 1, p.width)
@@ -333,11 +335,11 @@ def _step(
             runs = [(*lead, phase, *results) for phase in ((0,) if parts == 1 else (1, 2))]
     for arguments in runs:
         space[0] = 0
-        _launch(function, arguments, n * p.width * len(step.rows), workers)
+        _launch(function, arguments, n * p.width * len(step.rows), alone)
     unfinished = int(space[1])
     if unfinished:
         again = np.sort(space[2 : 2 + unfinished])
-        _step_exact(step, p, q, again, out, tokens, workers)
+        _step_exact(step, p, q, again, out, tokens, alone)
 
 
 def _step_exact(
@@ -347,7 +349,7 @@ def _step_exact(
     rows: Numbers | None,
     out: NDArray[Any] | Rows,
     tokens: Numbers | None,
-    workers: int,
+    alone: bool = False,
 ) -> None:
     """Run a step in float64, whatever the input; or the top_k kernel, which reads alike."""
     module = "top_k" if step.module == "top_k" else "exact"
@@ -375,7 +377,7 @@ def _step_exact(
         inverses = (1.0 / p.temperature, 1.0 / other.temperature)
         tail = (1, probabilities, _address(tokens), result, *inverses, parameter)
         arguments = (*common, *tail)
-    _launch(function, arguments, n * p.width * 4, workers)
+    _launch(function, arguments, n * p.width * 4, alone)
 
 
 @functools.cache
@@ -401,14 +403,13 @@ def run(
 ) -> None:
     """Write one value a row, in float64 and nats, for the row numbers in ``rows`` (None: all)."""
     plan = _plan(name, parameters)
-    workers = get_num_threads()
     if plan.finish is _same:
-        _step(plan.steps[0], p, q, rows, out, tokens, workers)
+        _step(plan.steps[0], p, q, rows, out, tokens)
         return
     values = []
     for step in plan.steps:
         space = _empty(step, p.count)
-        _step(step, p, q, rows, space, tokens, workers)
+        _step(step, p, q, rows, space, tokens)
         values.append(space if rows is None else space[rows])
     out[slice(None) if rows is None else rows] = plan.finish(*values)
 
@@ -429,11 +430,10 @@ def compare(
     numbers = np.arange(p.count) if rows is None else rows
     row_bytes = p.width * (_ITEMSIZE[p.dtype] + _ITEMSIZE[q.dtype])
     at_a_time = max(1, CACHE_BLOCK // row_bytes)
-    workers = get_num_threads()
     if len(numbers) < FEW_ROWS and p.width > PART:
         # Too few to give every thread rows of its own: all threads work on each row.
         for step in steps:
-            _step(step, p, q, rows, spaces[step], tokens, workers)
+            _step(step, p, q, rows, spaces[step], tokens)
     else:
         starts = iter(range(0, len(numbers), at_a_time))
 
@@ -441,10 +441,10 @@ def compare(
             for start in starts:
                 block = numbers[start : start + at_a_time]
                 for step in steps:
-                    _step(step, p, q, block, spaces[step], tokens, 1)
+                    _step(step, p, q, block, spaces[step], tokens, alone=True)
 
         blocks = -(-len(numbers) // at_a_time)
-        threads.run(work, min(workers, blocks))
+        threads.run(work, min(get_num_threads(), blocks))
     keep = slice(None) if rows is None else rows
     results = []
     for plan in plans:
@@ -456,7 +456,7 @@ def compare(
 
 def log_softmax(x: Rows, rows: Numbers | None, out: Rows) -> None:
     """Write x - logsumexp(x) of every entry, in the dtype of ``out``."""
-    _step(Step("single_pass", "log_softmax", "p"), x, None, rows, out, None, get_num_threads())
+    _step(Step("single_pass", "log_softmax", "p"), x, None, rows, out, None)
 
 
 def explain(name: str, p: Rows, q: Rows | None) -> dict[str, object]:
@@ -504,9 +504,9 @@ def read_bytes(array: NDArray[Any]) -> None:
     space = np.zeros(2, np.int64)
     _launch(
         function,
-        (_address(array), array.nbytes, _address(space), _address(space) + 8, 0),
+        (array.ctypes.data, array.nbytes, _address(space), _address(space) + 8, 0),
         array.nbytes // 4,
-        get_num_threads(),
+        alone=False,
     )
 
 

@@ -9,6 +9,9 @@ One fused pass over memory, exact to the last bits, for NumPy, PyTorch and JAX a
 `klfast.reference` has the same functions in float64 NumPy, written like their formulas.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from . import reference
 from ._api import (
     Explanation,
@@ -39,26 +42,52 @@ from ._dispatch import (
 )
 from .errors import BackendUnavailable
 
+if TYPE_CHECKING:
+    from ._bench import Timing, bench
+    from ._evaluation import Evaluation, evaluate
+    from ._machine import info
+    from ._sources import LogitSource, SourceError, open_logits
+
 __version__ = "0.1.0"
+
+# What evaluation jobs use is imported on first use: it costs more than the rest together.
+_LAZY = {
+    "Evaluation": "_evaluation",
+    "LogitSource": "_sources",
+    "SourceError": "_sources",
+    "Timing": "_bench",
+    "bench": "_bench",
+    "evaluate": "_evaluation",
+    "info": "_machine",
+    "open_logits": "_sources",
+}
 
 __all__ = [
     "BackendStatus",
     "BackendUnavailable",
     "Comparison",
+    "Evaluation",
     "Explanation",
+    "LogitSource",
+    "SourceError",
+    "Timing",
     "alpha_divergence",
     "backends",
+    "bench",
     "chi2_divergence",
     "compare",
     "cross_entropy",
     "entropy",
+    "evaluate",
     "explain",
     "get_num_threads",
+    "info",
     "jeffreys_divergence",
     "js_divergence",
     "kl_divergence",
     "log_softmax",
     "logsumexp",
+    "open_logits",
     "reference",
     "renyi_divergence",
     "renyi_entropy",
@@ -69,3 +98,15 @@ __all__ = [
     "tsallis_divergence",
     "warmup",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_LAZY[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

@@ -251,15 +251,18 @@ def _pair(p: ArrayLike, q: ArrayLike, **options: Unpack[PairOptions]) -> _Pair:
 
     # The difference of the two rounded log_sum is only a first estimate of the normalizers'
     # difference. What it misses is log(sum p / sum q) of the p and q it leads to, and that is
-    # sum (p - q), taken from d itself. Every step only changes its sign when P and Q change
-    # places, which makes the symmetric divergences symmetric to the bit.
+    # sum (p - q), taken from d itself; once more, because the first correction may cancel nearly
+    # all of d. Every step only changes its sign when P and Q change places, which makes the
+    # symmetric divergences symmetric to the bit.
     d = difference - (first.log_sum - second.log_sum)
     in_p, in_q = log_p > -np.inf, log_q > -np.inf
     one_sided = np.where(in_p, np.inf, np.where(in_q, -np.inf, 0.0))
     d = np.where(in_p & in_q, np.clip(d, -_LARGEST, _LARGEST), one_sided)
     larger = np.exp(np.maximum(log_p, log_q))
-    missed = np.sum(-np.sign(d) * larger * np.expm1(-np.abs(d)), axis=-1, keepdims=True)
-    return _Pair(log_p, log_q, np.where(in_p & in_q, d - missed, d), first.valid & second.valid)
+    for _ in range(2):
+        missed = np.sum(-np.sign(d) * larger * np.expm1(-np.abs(d)), axis=-1, keepdims=True)
+        d = np.where(in_p & in_q, d - missed, d)
+    return _Pair(log_p, log_q, d, first.valid & second.valid)
 
 
 def _log_ratio_of_weights(w: Array, v: Array) -> Array:
