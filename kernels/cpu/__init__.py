@@ -58,6 +58,9 @@ AT_A_TIME = 1 << 16
 #: Bytes of both rows that ``compare`` keeps in cache while every metric reads them.
 CACHE_BLOCK = 1 << 21
 
+#: Orders and weights below this are 0: their products with anything are below every accuracy.
+TINY = 1e-300
+
 STATISTICS = 5
 _ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 _DTYPE_CODE = {"float16": 0, "bfloat16": 1, "float32": 2, "float64": 3}
@@ -126,7 +129,7 @@ def _renyi_step(alpha: float, limit: float) -> tuple[Step, float]:
     """
     if alpha == 1.0:
         return Step("one_pass", "kl", "pq", 0.0, 40.0), 1.0
-    if alpha == 0.0:
+    if alpha < TINY:
         return Step("exact", "renyi_0", "pq"), 1.0
     if alpha == math.inf:
         return Step("exact", "renyi_inf", "pq"), 1.0
@@ -142,7 +145,7 @@ def _renyi(alpha: float) -> Plan:
 
 def _power(alpha: float, scale: Callable[[float], float]) -> Plan:
     """(S - 1)/(alpha - 1) scale(alpha), with log S = (alpha - 1) times the Rényi divergence."""
-    if alpha == 0.0 and scale(1.0) != scale(2.0):
+    if alpha < TINY and scale(1.0) != scale(2.0):
         return _pair("one_pass", "kl", rows="qp")  # the limit of the alpha-divergence
     if alpha == math.inf:
         return Plan(
@@ -161,7 +164,9 @@ def _power(alpha: float, scale: Callable[[float], float]) -> Plan:
         with np.errstate(over="ignore", invalid="ignore"):
             log_s = (alpha - 1.0) * factor * values
             # expm1(z)/z is 1 where z vanishes; far from 1 the sum S itself is used.
-            ratio = np.where(log_s == 0.0, 1.0, np.expm1(log_s) / np.where(log_s == 0.0, 1.0, log_s))
+            ratio = np.where(
+                log_s == 0.0, 1.0, np.expm1(log_s) / np.where(log_s == 0.0, 1.0, log_s)
+            )
             near = ratio * (factor * scale(alpha)) * values
             far = np.expm1(log_s) * (scale(alpha) / (alpha - 1.0))
             return np.where(np.abs(log_s) < 1.0, near, far)
@@ -175,7 +180,7 @@ _JS_STEP = Step("two_phase", "js", "pq")
 def _js(weight: float) -> Plan:
     if weight == 0.5:
         return Plan((_JS_STEP,), _same)
-    if weight in (0.0, 1.0):
+    if weight < TINY or weight == 1.0:
         # 0, but still NaN for rows that are no distribution.
         return Plan((Step("two_phase", "tv", "pq"),), lambda values: 0.0 * values)
     return Plan((Step("exact", "js", "pq", weight),), _same)
@@ -197,21 +202,23 @@ def _same_top(p: Values, q: Values) -> Values:
 @functools.cache
 def _plan(name: str, parameters: tuple[float, ...]) -> Plan:
     """How an operation of the table is computed here."""
+    if not parameters:
+        return _PLANS[name]
+    (parameter,) = parameters
     if name == "js":
-        return _js(*parameters)
+        return _js(parameter)
     if name == "renyi":
-        return _renyi(*parameters)
+        return _renyi(parameter)
     if name == "alpha":
-        return _power(*parameters, scale=lambda alpha: 1.0 / alpha)
+        return _power(parameter, scale=lambda alpha: 1.0 / alpha)
     if name == "tsallis":
-        return _power(*parameters, scale=lambda alpha: 1.0)
-    if name == "renyi_entropy":
-        if parameters == (1.0,):
-            return _statistics(_entropy, "p")
-        return _pair("exact", "renyi_entropy", *parameters, rows="p")
+        return _power(parameter, scale=lambda alpha: 1.0)
     if name == "topk_overlap":
-        return _pair("top_k", "overlap", *parameters)
-    return _PLANS[name]
+        return _pair("top_k", "overlap", parameter)
+    assert name == "renyi_entropy"
+    if parameter == 1.0:
+        return _statistics(_entropy, "p")
+    return _pair("exact", "renyi_entropy", parameter, rows="p")
 
 
 _PLANS = {
@@ -244,7 +251,7 @@ def _address(array: NDArray[Any] | None) -> int:
     if array is None:
         return 0
     if array.size and array.flags.writeable:  # five times as fast as array.ctypes.data
-        return ctypes.addressof(ctypes.c_char.from_buffer(array))
+        return ctypes.addressof(ctypes.c_char.from_buffer(array.data))
     return array.ctypes.data
 
 
@@ -288,9 +295,10 @@ def _step(
     tokens: Numbers | None,
     alone: bool = False,
 ) -> None:
-    """Run one kernel, and ``exact`` on the rows that it did not finish; in this thread if ``alone``.
+    """Run one kernel, and ``exact`` on the rows that it did not finish.
 
-    ``out`` is an array of values, or for log_softmax the rows to write.
+    ``out`` is an array of values, or for log_softmax the rows to write.  ``alone`` keeps the
+    work in this thread.
     """
     if step.rows[0] == "q":
         assert q is not None
@@ -421,9 +429,11 @@ def compare(
     rows: Numbers | None,
     tokens: Numbers | None,
 ) -> list[Values]:
-    """Values of many operations.  Each thread takes a few rows at a time and runs every step on
-    them while they are in its cache, so that main memory is read once.  Values of rows that are
-    not in ``rows`` are undefined."""
+    """Values of many operations, from one read of main memory.
+
+    Each thread takes a few rows at a time and runs every step on them while they are in its
+    cache.  Values of rows that are not in ``rows`` are undefined.
+    """
     plans = [_plan(name, parameters) for name, parameters in metrics]
     steps = list(dict.fromkeys(step for plan in plans for step in plan.steps))
     spaces = {step: _empty(step, p.count) for step in steps}

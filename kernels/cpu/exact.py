@@ -65,7 +65,6 @@ BUFFER = 8 * TILE
 DTYPE_CODE = {"float16": 0, "bfloat16": 1, "float32": 2, "float64": 3}
 
 
-
 _LARGEST = 1.7976931348623157e308
 
 _load = {name: loader(name, f64v) for name in DTYPE_CODE}
@@ -496,7 +495,7 @@ def _build_pair(operation):
                 fine = 0.0
                 Sx = 0.0
                 Sy = 0.0
-                for attempt in range(4):
+                for _attempt in range(4):
                     Sx = 0.0
                     Sy = 0.0
                     D = 0.0
@@ -583,9 +582,7 @@ def _build_pair(operation):
                             )  # fmt: skip
                             s = splat64(0.0)
                             for j in range(0, n, LANES64):
-                                p_, q_, d, log_p, log_q = terms(
-                                    x, y, t, j, off, fine, log_x, log_y
-                                )
+                                p_, q_, d, log_p, log_q = terms(x, y, t, j, off, fine, log_x, log_y)
                                 r = exponent(p_, q_, d, log_p, log_q, parameter)
                                 s = s + exp_64(r - peak)
                             total += hsum(s)

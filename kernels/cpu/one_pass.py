@@ -237,7 +237,16 @@ def build(operation, dtype_p, dtype_q):
             if cross:  # sum of e (m - x), from that of e (a x + ref)
                 g = shift * LN_2 * s - g
             m, S, top, c, D, B, G, E = state
-            state = (m, S + s, top, c, D + d, B + b, G + g, E + b + (g / abs(beta) if renyi else 0.0))
+            state = (
+                m,
+                S + s,
+                top,
+                c,
+                D + d,
+                B + b,
+                G + g,
+                E + b + (g / abs(beta) if renyi else 0.0),
+            )
             if bad or high > limit or (renyi and low > far) or not B + b < math.inf:
                 return m, S, top, c, D, math.nan, G, E
             # c is off the mean of t by so much that half of B comes from it: move it.
@@ -316,9 +325,7 @@ def build(operation, dtype_p, dtype_q):
                 x = row_address(p, p_stride, p_offsets, row)
                 y = row_address(q, q_stride, q_offsets, row)
                 start = (task - number * parts) * part_width
-                state = part(
-                    x, y, start, min(start + part_width, width), a, beta, limit * LOG2_E
-                )
+                state = part(x, y, start, min(start + part_width, width), a, beta, limit * LOG2_E)
                 if parts > 1:
                     at = states + task * (8 * STATE)
                     for i in range(STATE):

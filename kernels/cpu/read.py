@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from .simd import f32v, fetch_add, hsum, loader, poke_f64, prefetch, splat32
 
-
 #: Bytes that a thread takes at a time, in four streams side by side.
 BLOCK = 1 << 20
 

@@ -36,7 +36,7 @@ HAS_AVX512 = bool(_FEATURES.get("avx512f"))
 HAS_SCALEF = HAS_AVX512 and bool(_FEATURES.get("avx512dq"))
 
 
-class Vector(types.Type):
+class Vector(types.Type):  # type: ignore[misc]
     """The Numba type of ``<lanes x element>``."""
 
     def __init__(self, element: types.Type, lanes: int) -> None:
@@ -90,14 +90,18 @@ def _splat(builder: ir.IRBuilder, scalar: ir.Value, ty: Vector) -> ir.Value:
     return vector
 
 
-def _as_vector(context: Any, builder: ir.IRBuilder, value: ir.Value, frm: types.Type, to: Vector) -> ir.Value:
+def _as_vector(
+    context: Any, builder: ir.IRBuilder, value: ir.Value, frm: types.Type, to: Vector
+) -> ir.Value:
     """A vector stays; a scalar is rounded to the element type and put into every lane."""
     if isinstance(frm, Vector):
         return value
     return _splat(builder, context.cast(builder, value, frm, to.element), to)
 
 
-def _call(builder: ir.IRBuilder, name: str, args: list[ir.Value], returns: ir.Type | None = None) -> ir.Value:
+def _call(
+    builder: ir.IRBuilder, name: str, args: list[ir.Value], returns: ir.Type | None = None
+) -> ir.Value:
     """Call the LLVM intrinsic of that full name (``llvm.fma.v16f32``)."""
     ty = ir.FunctionType(returns or args[0].type, [a.type for a in args])
     return builder.call(cgutils.get_or_insert_function(builder.module, ty, name), args)
@@ -548,8 +552,10 @@ def store_tail(typingctx, address, vector, n):
 
 
 def narrow_store(dtype):
-    """An intrinsic ``poke(address, x)``: a float64 number, rounded to ``dtype`` (once to
-    float32, for the 16-bit types then again)."""
+    """An intrinsic ``poke(address, x)``: a float64 number, rounded to ``dtype``.
+
+    To a 16-bit type by way of float32.
+    """
 
     @intrinsic
     def poke(typingctx, address, x):
@@ -578,7 +584,6 @@ def narrow_store(dtype):
 
 def _scalar_access(ty):
     """Intrinsics ``peek(address)`` and ``poke(address, value)`` for one number."""
-
     llvm = _LLVM_ELEMENT[ty]
     align = ty.bitwidth // 8
 

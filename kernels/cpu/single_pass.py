@@ -150,8 +150,8 @@ def build(operation, dtype):
 
     def kernel(
         p, p_stride, p_offsets, width, rows, n_rows,
-        counter, chunk, parts, part_width, states, done, redo, tokens, out, written, written_stride, written_offsets,
-        inverse_temperature,
+        counter, chunk, parts, part_width, states, done, redo, tokens, out,
+        written, written_stride, written_offsets, inverse_temperature,
     ):  # fmt: skip
         a = f64(f32(inverse_temperature * LOG2_E))
         n_tasks = n_rows * parts

@@ -19,7 +19,6 @@ from .simd import (
     poke_i64,
 )
 
-
 _get = loader("float64", f64v)
 
 
