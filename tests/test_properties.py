@@ -109,7 +109,7 @@ def assert_not_above(smaller: float, larger: float, rough: float) -> None:
 
 @law(400)
 @given(pairs(), divergences())
-@example(ONE_SIDED, (OPERATIONS["js"], (2e-309,)))
+@example(Pair(*ONE_SIDED[::-1]), (OPERATIONS["js"], (2e-309,)))
 def test_a_divergence_is_not_negative(
     pair: Pair, divergence: tuple[Operation, tuple[float, ...]]
 ) -> None:

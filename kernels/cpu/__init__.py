@@ -298,7 +298,7 @@ def _step(
     """Run one kernel, and ``exact`` on the rows that it did not finish.
 
     ``out`` is an array of values, or for log_softmax the rows to write.  ``alone`` keeps the
-    work in this thread.
+    work in this thread, and rows uncut.
     """
     if step.rows[0] == "q":
         assert q is not None
@@ -314,7 +314,9 @@ def _step(
         _step_exact(step, p, q, rows, out, tokens, alone)
         return
     n = p.count if rows is None else len(rows)
-    chunk, parts, part_width = _cut(n, p.width) if written is None else (1, 1, p.width)
+    chunk, parts, part_width = (n, 1, p.width) if alone else _cut(n, p.width)
+    if written is not None:  # a row is written when all of it has been read
+        parts, part_width = 1, p.width
     # Work space: the task counter, the rows left to ``exact`` (their number first), and where
     # rows are cut, a count of the finished parts of each row and the states of all parts.
     space = np.zeros(n + 2 if parts == 1 else 2 * n + 2 + 8 * n * parts, np.int64)

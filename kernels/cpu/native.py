@@ -18,6 +18,7 @@ import ctypes
 import functools
 import hashlib
 import importlib
+import logging  # noqa: F401 (its lock, which compilations take, must be held after ours at a fork)
 import os
 import stat
 import sys
@@ -36,7 +37,8 @@ _DAY = 86400.0
 _lock = threading.RLock()
 if hasattr(os, "register_at_fork"):
     # A fork waits for a compilation to end: its child could never get the locks of Numba and
-    # LLVM that another thread holds.
+    # LLVM that another thread holds.  What is registered last is called first, so that no lock
+    # of a module imported above is held while waiting.
     os.register_at_fork(
         before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release
     )

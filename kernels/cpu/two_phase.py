@@ -297,10 +297,11 @@ def build(operation, dtype_p, dtype_q):
         its square.  The rounding of y - x, where the rows differ by a constant c, makes errors
         of c 2**-24 that average out over the S or more symbols that carry the mass.
         """
-        # Sx and Sy come from S and D, which leaves nothing of the smaller of unequal ones.
-        if abs(D) > 0.75 * S:
-            return math.nan
+        # Sx and Sy come from S and D, which leaves nothing of the smaller of unequal ones, nor
+        # of either where D is what is left of a much larger H.
         share = 2.0 * H / S
+        if abs(D) > 0.75 * S or share > 8.0:
+            return math.nan
         if first_order:
             if share > 12.0 * total or c * c > 100.0 * total * total * S:
                 return math.nan

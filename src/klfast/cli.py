@@ -109,6 +109,7 @@ def _compare(options: argparse.Namespace) -> int:
         _write(options.json, content)
     if options.json != "-":
         print(table(evaluation, summary))
+    sys.stdout.flush()  # the table before what is said about it
     for line in violations:
         print(f"klfast: limit violated: {line}", file=sys.stderr)
     return VIOLATED if violations else DONE
