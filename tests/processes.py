@@ -33,10 +33,11 @@ def start(
 
 def finish(process: subprocess.Popen[str]) -> str:
     """What the process printed; it must end well, in time and without a message."""
-    try:
-        out, err = process.communicate(timeout=30)
-    finally:
-        process.kill()
+    with process:
+        try:
+            out, err = process.communicate(timeout=100)
+        finally:
+            process.kill()
     assert (process.returncode, err) == (0, ""), err
     return out
 

@@ -26,12 +26,12 @@ def bits():
     return klfast.kl_divergence(p, q).tobytes()
 
 def child(work):
-    '''Run work in a forked child that must end well within a minute.'''
+    '''Run work in a forked child that must end well, and soon.'''
     process = os.fork()
     if process == 0:
         status = 1
         try:
-            signal.alarm(60)
+            signal.alarm(50)
             status = 0 if work() else 2
         finally:
             os._exit(status)

@@ -18,11 +18,11 @@ from __future__ import annotations
 import math
 
 from .mathematics import (
+    atanh_tail_64,
     exp_64,
     expm1_64,
     inline,
     jensen_64,
-    log1p_64,
     log_64,
     outline,
     phi_64,
@@ -380,22 +380,29 @@ def _build_pair(operation):
 
     @outline
     def stage_pair(
-        x, y, t, xp, yq, p_step, p_dtype, q_step, q_dtype, probabilities, ip, iq, mx, my, n
+        x, y, t, xp, yq, p_step, p_dtype, q_step, q_dtype, probabilities, ip, iq, mx, my, wx, wy, n
     ):
         """Fill the buffers with u = (x - mx)/T, v = (y - my)/T and t = v - u.
 
-        t is rounded once: what the subtractions round off is carried along.
+        t is rounded once: what the subtractions round off is carried along.  ``wx`` and ``wy``
+        are the largest probabilities, where the entries are such.
         """
         stage(x, xp, p_step, p_dtype, 0, n)
         stage(y, yq, q_step, q_dtype, 0, n)
         same = ip == iq
         if probabilities != 0:
-            # The logarithm of a ratio near 1 comes from the probabilities themselves.
+            # The logarithm of (q/wy) / (p/wx) near 1 comes from exact products, not from
+            # logarithms: 2 atanh(s) with s = (q wx - p wy)/(q wx + p wy), odd as it must be.
             for j in range(0, n, LANES64):
                 p = _get(x + 8 * j)
-                ratio = (_get(y + 8 * j) - p) / p
-                near = fma(log1p_64(ratio), ip, (mx - my) * ip)
-                store(t + 8 * j, where(vabs(ratio) < 0.5, near, math.nan))
+                q = _get(y + 8 * j)
+                left = q * wx
+                right = p * wy
+                lost = fma(q, wx, -left) - fma(p, wy, -right)
+                s = ((left - right) + lost) / (left + right)
+                near = 2.0 * ip * fma(s, atanh_tail_64(s), s)
+                usable = (vabs(s) < 0.17) & (vmin(left, right) > 1e-280)
+                store(t + 8 * j, where(usable, near, math.nan))
             stage(x, xp, p_step, p_dtype, 1, n)
             stage(y, yq, q_step, q_dtype, 1, n)
         for j in range(0, n, LANES64):
@@ -488,6 +495,14 @@ def _build_pair(operation):
                     poke_f64(out + 8 * row, 0.0)
                     continue
 
+                wx = 0.0
+                wy = 0.0
+                if probabilities != 0:
+                    stage(x, xp + top_x * p_step, p_step, p_dtype, 0, 1)
+                    stage(y, yq + top_y * q_step, q_step, q_dtype, 0, 1)
+                    wx = peek_f64(x)
+                    wy = peek_f64(y)
+
                 # 2. Normalizers, relative to the maxima, and the logarithm of their ratio:
                 # ``off`` tends to log(Sx/Sy), with the tops in.
                 # The last correction is kept apart, because t + off cancels.
@@ -506,7 +521,8 @@ def _build_pair(operation):
                         n = min(TILE, width - start)
                         stage_pair(
                             x, y, t, xp + start * p_step, yq + start * q_step,
-                            p_step, p_dtype, q_step, q_dtype, probabilities, ip, iq, mx, my, n,
+                            p_step, p_dtype, q_step, q_dtype, probabilities,
+                            ip, iq, mx, my, wx, wy, n,
                         )  # fmt: skip
                         sx = splat64(0.0)
                         sy = sx
@@ -548,7 +564,8 @@ def _build_pair(operation):
                     n = min(TILE, width - start)
                     stage_pair(
                         x, y, t, xp + start * p_step, yq + start * q_step,
-                        p_step, p_dtype, q_step, q_dtype, probabilities, ip, iq, mx, my, n,
+                        p_step, p_dtype, q_step, q_dtype, probabilities,
+                        ip, iq, mx, my, wx, wy, n,
                     )  # fmt: skip
                     s = splat64(0.0)
                     m = splat64(-math.inf)
@@ -578,7 +595,8 @@ def _build_pair(operation):
                             n = min(TILE, width - start)
                             stage_pair(
                                 x, y, t, xp + start * p_step, yq + start * q_step,
-                                p_step, p_dtype, q_step, q_dtype, probabilities, ip, iq, mx, my, n,
+                                p_step, p_dtype, q_step, q_dtype, probabilities,
+                                ip, iq, mx, my, wx, wy, n,
                             )  # fmt: skip
                             s = splat64(0.0)
                             for j in range(0, n, LANES64):

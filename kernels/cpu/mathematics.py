@@ -163,7 +163,7 @@ def expm1_64(t):
 
 
 @inline
-def _atanh_tail_64(s):
+def atanh_tail_64(s):
     """(atanh(s) - s)/s for abs(s) <= 0.172."""
     z = s * s
     p = fma(z, 1 / 23, 1 / 21)
@@ -188,7 +188,7 @@ def log_64(x):
     m = w * pow2(-e)
     s = (m - 1.0) / (m + 1.0)
     e = where(small, e - 54.0, e)
-    tail = fma(e, LN_2_LOW, 2.0 * s * _atanh_tail_64(s))
+    tail = fma(e, LN_2_LOW, 2.0 * s * atanh_tail_64(s))
     result = fma(e, LN_2_HIGH, 2.0 * s + tail)
     result = where(x == 0.0, -math.inf, result)
     return where(x < 0.0, math.nan, where(unordered(x, x), x, result))
@@ -210,7 +210,7 @@ def jensen_64(t):
     2/(1 - s) [s**2 + (1 + s)(atanh(s) - s)].
     """
     s = t / (2.0 + t)
-    near = 2.0 / (1.0 - s) * s * fma(1.0 + s, _atanh_tail_64(s), s)
+    near = 2.0 / (1.0 - s) * s * fma(1.0 + s, atanh_tail_64(s), s)
     far = fma(1.0 + t, where(t == -1.0, 0.0, log1p_64(t)), -t)
     return where(vabs(s) < 0.17, near, far)
 

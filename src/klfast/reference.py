@@ -227,6 +227,13 @@ def _divided(value: Array, tail: Array, divisor: np.float64) -> tuple[Array, Arr
     return quotient, np.where(np.isfinite(remainder), remainder / divisor, 0.0)
 
 
+def _below(given: Array) -> tuple[Array, Array]:
+    """How far each entry is from its row's largest, and what rounding took from that."""
+    largest = np.max(given, axis=-1, keepdims=True)
+    tail = _difference_error(given, largest)
+    return given - largest, np.where(np.isfinite(tail), tail, 0.0)
+
+
 def _both(
     p: ArrayLike,
     q: ArrayLike,
@@ -245,9 +252,15 @@ def _pair(p: ArrayLike, q: ArrayLike, **options: Unpack[PairOptions]) -> _Pair:
     log_p, log_q = np.broadcast_arrays(first.log_p, second.log_p)
 
     difference = (first.shifted - second.shifted) + (first.tail - second.tail)
-    if options.get("input") == "probs" and first.temperature == second.temperature:
-        close = _log_ratio_of_weights(first.given, second.given) / first.temperature
-        difference = np.where(np.isnan(close), difference, close)
+    if first.temperature == second.temperature:
+        # One division is better than two, and weights are better than their logarithms.
+        if options.get("input") == "probs":
+            close = _log_ratio_of_weights(first.given, second.given)
+        else:
+            (p_below, p_tail), (q_below, q_tail) = _below(first.given), _below(second.given)
+            close = (p_below - q_below) + (p_tail - q_tail)
+        close = close / first.temperature
+        difference = np.where(np.isfinite(close), close, difference)
 
     # The difference of the two rounded log_sum is only a first estimate of the normalizers'
     # difference. What it misses is log(sum p / sum q) of the p and q it leads to, and that is
