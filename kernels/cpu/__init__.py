@@ -24,6 +24,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -118,8 +119,12 @@ def _pair(module: str, operation: str, parameter: float = 0.0, rows: str = "pq")
     return Plan((Step(module, operation, rows, parameter, 40.0),), _same)
 
 
+def _statistics_of(side: str) -> Step:
+    return Step("single_pass", "statistics", side)
+
+
 def _statistics(finish: Callable[..., Values], *rows: str) -> Plan:
-    return Plan(tuple(Step("single_pass", "statistics", side) for side in rows), finish)
+    return Plan(tuple(map(_statistics_of, rows)), finish)
 
 
 def _renyi_step(alpha: float, limit: float) -> tuple[Step, float]:
@@ -221,6 +226,10 @@ def _plan(name: str, parameters: tuple[float, ...]) -> Plan:
     return _pair("exact", "renyi_entropy", parameter, rows="p")
 
 
+def _top(side: str) -> Step:
+    return Step("single_pass", "top", side)
+
+
 _PLANS = {
     "kl": _pair("one_pass", "kl"),
     "reverse_kl": _pair("one_pass", "kl", rows="qp"),
@@ -237,11 +246,28 @@ _PLANS = {
     "token_log_probs": _statistics(_token_log_prob, "p"),
     "nll_p": _statistics(lambda s: 0.0 - _token_log_prob(s), "p"),
     "nll_q": _statistics(lambda s: 0.0 - _token_log_prob(s), "q"),
-    "same_top": _statistics(_same_top, "p", "q"),
+    "same_top": Plan((_top("p"), _top("q")), _same_top),
     "delta_prob": _statistics(
         lambda p, q: np.exp(_token_log_prob(q)) - np.exp(_token_log_prob(p)), "p", "q"
     ),
 }
+
+
+_BOTH_KL = Step("one_pass", "kl_both", "pq", 0.0, 40.0)
+
+
+def _plans(metrics: Sequence[tuple[str, tuple[float, ...]]]) -> list[Plan]:
+    """Plans of several operations, with steps that serve two of them at once where there are."""
+    plans = [_plan(name, parameters) for name, parameters in metrics]
+    if _PLANS["kl"] in plans and _PLANS["reverse_kl"] in plans:
+        both = {
+            _PLANS["kl"]: Plan((_BOTH_KL,), lambda values: values[:, 0]),
+            _PLANS["reverse_kl"]: Plan((_BOTH_KL,), lambda values: values[:, 1]),
+        }
+        plans = [both.get(plan, plan) for plan in plans]
+    steps = {step for plan in plans for step in plan.steps}
+    known = {_top(side): step for side in "pq" if (step := _statistics_of(side)) in steps}
+    return [Plan(tuple(known.get(s, s) for s in plan.steps), plan.finish) for plan in plans]
 
 
 # --- kernel runs -------------------------------------------------------------------------
@@ -362,8 +388,17 @@ def _step_exact(
     alone: bool = False,
 ) -> None:
     """Run a step in float64, whatever the input; or the top_k kernel, which reads alike."""
+    if step == _BOTH_KL:
+        assert q is not None
+        assert isinstance(out, np.ndarray)
+        for column, pair in enumerate(((p, q), (q, p))):
+            values = np.empty(p.count)
+            _step_exact(Step("exact", "kl", "pq"), *pair, rows, values, None, alone)
+            keep = slice(None) if rows is None else rows
+            out[keep, column] = values[keep]
+        return
     module = "top_k" if step.module == "top_k" else "exact"
-    function = _kernel(module, step.operation)
+    function = _kernel(module, "statistics" if step.operation == "top" else step.operation)
     # The JS kernel of float32 has its weight built in.
     parameter = 0.5 if step == _JS_STEP else step.parameter
     if isinstance(out, np.ndarray):
@@ -395,8 +430,13 @@ def _kernel(module: str, *arguments: str) -> Callable[..., None]:
     return kernel(module, arguments, _SIGNATURE[module])
 
 
+#: Values that a step writes for each row, where it is more than one.
+_COLUMNS = {"statistics": STATISTICS, "top": STATISTICS, "kl_both": 2}
+
+
 def _empty(step: Step, count: int) -> Values:
-    return np.empty((count, STATISTICS) if step.operation == "statistics" else count)
+    columns = _COLUMNS.get(step.operation)
+    return np.empty((count, columns) if columns else count)
 
 
 # --- what dispatch calls -----------------------------------------------------------------
@@ -436,7 +476,7 @@ def compare(
     Each thread takes a few rows at a time and runs every step on them while they are in its
     cache.  Values of rows that are not in ``rows`` are undefined.
     """
-    plans = [_plan(name, parameters) for name, parameters in metrics]
+    plans = _plans(metrics)
     steps = list(dict.fromkeys(step for plan in plans for step in plan.steps))
     spaces = {step: _empty(step, p.count) for step in steps}
     numbers = np.arange(p.count) if rows is None else rows
@@ -524,7 +564,8 @@ def read_bytes(array: NDArray[Any]) -> None:
 
 def available() -> str | None:
     """Why this backend cannot be used, or None."""
-    return None
+    missing = [name for name in ("numba", "llvmlite") if find_spec(name) is None]
+    return f"{' and '.join(missing)} cannot be found" if missing else None
 
 
 def warmup(names: Sequence[str], dtypes: Sequence[str]) -> None:

@@ -225,6 +225,14 @@ def phi(t):
 
 
 @inline
+def psi(t):
+    """1 - exp(t) + t exp(t) >= 0 of one number."""
+    if t < -1.0:
+        return 1.0 - math.exp(t) * (1.0 - t)
+    return t * math.expm1(t) - phi(t)
+
+
+@inline
 def excess(a):
     """a - log1p(a) >= 0 of one number: what Jensen's inequality leaves."""
     return a - math.log1p(a)

@@ -6,11 +6,11 @@ t = (y - x) + c and e = exp(x - m).  With phi(t) = exp(t) - 1 - t >= 0, the stat
     S = sum e,  D = sum e t,  B = sum e phi(t)
 
 over all indices seen but the top, and a fourth sum G that depends on the operation:
-e phi(-beta t) for Rényi, e (m - x) for the cross-entropy.  To these come the top's own t
-and the constants m and c.  The top is
-kept apart so that nothing is lost when one symbol has nearly all the mass: everything else
-is then small and summed among its equals.  E adds up whatever went into B (and G/beta), in
-absolute value: what rounding errors are proportional to.
+e phi(-beta t) for Rényi, e (m - x) for the cross-entropy, e psi(t) (below) for both KL.  To
+these come the top's own t and the constants m and c.  The top is kept apart so that nothing
+is lost when one symbol has nearly all the mass: everything else is then small and summed
+among its equals.  E adds up whatever went into B (and G, or G/beta), in absolute value: what
+rounding errors are proportional to.
 
 Result.  With the top put in, A = (B + D)/S = E_p[expm1(t)], and the normalizers differ by
 logsumexp(x) - logsumexp(y) = c - log1p(A), so that
@@ -28,8 +28,13 @@ where again nothing cancels for alpha >= 1/2 (smaller orders swap the arguments)
 which divided by beta goes over into KL as beta goes to 0.  The cross-entropy is the entropy
 of P, log(1 + S) + G/(1 + S), plus KL: both are >= 0.
 
+The operation ``kl_both`` adds KL(Q, P), with G = sum e psi(t), psi(t) = 1 - exp(t) + t exp(t)
+>= 0: under Q, whose sum is S' = S + D + B, it is E_q[phi(-t)] = G/S' less the same excess of
+A' = E_q[expm1(-t)] = -(D + B)/S'.
+
 Moving c by h (t becomes t + h) and m by a factor f is exact in these sums:
-D + h S;  exp(h) B + expm1(h) D + phi(h) S;  for Rényi's G the same with -beta h, -beta D.
+D + h S;  exp(h) B + expm1(h) D + phi(h) S;  for Rényi's G the same with -beta h, -beta D; for
+that of both KL, exp(h) (G + h S') - expm1(h) S.
 
 Rows that this form cannot finish exactly (NaN, an index in one support only, a log-ratio
 beyond ``limit``, or more cancellation than float32 sums allow) are listed for the float64
@@ -40,7 +45,7 @@ from __future__ import annotations
 
 import math
 
-from .mathematics import LN_2, LOG2_E, excess, exp2_32, inline, phi, phi_32
+from .mathematics import LN_2, LOG2_E, excess, exp2_32, inline, phi, phi_32, psi
 from .rowloop import (
     BLOCK,
     TILE,
@@ -89,6 +94,7 @@ CANCELLATION = 8.0
 def build(operation, dtype_p, dtype_q):
     renyi = operation == "renyi"
     cross = operation == "cross_entropy"
+    both = operation == "kl_both"
     load_p, load_q = loader(dtype_p, f32v), loader(dtype_q, f32v)
     tail_p, tail_q = tail_loader(dtype_p, f32v), tail_loader(dtype_q, f32v)
     entry_p, entry_q = entry(dtype_p), entry(dtype_q)
@@ -106,6 +112,9 @@ def build(operation, dtype_p, dtype_q):
         linear = math.expm1(h) * D
         constant = phi(h) * S
         E = f * E + abs(linear) + constant
+        if both:
+            G = f * (G + h * (S + D + B)) - math.expm1(h) * S
+            E += abs(h) * (abs(D) + B) + constant
         B = f * B + linear + constant
         if renyi:
             f = math.exp(-beta * h)
@@ -125,6 +134,9 @@ def build(operation, dtype_p, dtype_q):
         if renyi:
             G += phi(-beta * top)
             E += phi(-beta * top) / abs(beta)
+        if both:
+            G += psi(top)
+            E += psi(top)
         if cross:
             G += (m - own) * (S + 1.0)
         return f * (S + 1.0), f * (D + top), f * (B + b), f * G, f * E
@@ -149,7 +161,15 @@ def build(operation, dtype_p, dtype_q):
         high = vmax(t, high)
         t = vmin(t, limit)  # a NaN from -inf - -inf becomes a number; its e is 0
         D = fma(e, t, D)
-        B = fma(e, phi_32(t), B)
+        f = phi_32(t)
+        B = fma(e, f, B)
+        if both:
+            # psi = t expm1(t) - phi(t); far below 0, where this cancels, 1 - exp(t) (1 - t).
+            # In base 2, with phi and psi over log 2: expm1(t) = (t + phi) log 2.
+            grown = (t + f) * LN_2
+            close = fma(t, grown, -f)
+            apart = fma(grown + 1.0, t, -(t + f))
+            G = fma(e, where(t < -1.0, apart, close), G)
         if renyi:
             low = vmin(t, low)
             G = fma(e, phi_32(vmin(t * -beta, 126.0)), G)
@@ -245,7 +265,7 @@ def build(operation, dtype_p, dtype_q):
                 D + d,
                 B + b,
                 G + g,
-                E + b + (g / abs(beta) if renyi else 0.0),
+                E + b + (g / abs(beta) if renyi else g if both else 0.0),
             )
             if bad or high > limit or (renyi and low > far) or not B + b < math.inf:
                 return m, S, top, c, D, math.nan, G, E
@@ -287,26 +307,36 @@ def build(operation, dtype_p, dtype_q):
 
     @inline
     def finish(state, beta):
-        """The divergence, or NaN where the sums do not carry it."""
+        """The divergence and, of both KL, the reverse; NaN where the sums do not carry them."""
         m, S, top, c, D, B, G, E = state
         b = phi(top)
         S = S + 1.0
-        A = (B + b + D + top) / S
-        kl = (B + b) / S - excess(A)
-        value = kl
+        D = D + top
+        B = B + b
+        E = E + b
+        A = (B + D) / S
+        value = B / S - excess(A)
+        other = 0.0
+        if both:
+            g = psi(top)
+            E += g
+            total = S + D + B
+            other = (G + g) / total - excess(-(B + D) / total)
+            if E > CANCELLATION * other * total or c * c > 100.0 * other * S:
+                value = math.nan
         if cross:
             value += math.log1p(S - 1.0) + G / S
         if renyi:
             g = phi(-beta * top)
             E += g / abs(beta)
             g += G
-            value += (g / S - excess((g - beta * (D + top)) / S)) / beta
+            value += (g / S - excess((g - beta * D) / S)) / beta
         # Cancellation among the terms; and the rounding of y - x where the rows differ by a
         # constant c: errors of c 2**-24 that average out over the S or more symbols that carry
         # the mass.
-        if E + b > CANCELLATION * value * S or c * c > 100.0 * value * S:
-            return math.nan
-        return max(value, 0.0)
+        if not E <= CANCELLATION * value * S or c * c > 100.0 * value * S:
+            return math.nan, math.nan
+        return max(value, 0.0), max(other, 0.0)
 
     def kernel(
         p, p_stride, p_offsets, q, q_stride, q_offsets, width, rows, n_rows,
@@ -338,10 +368,14 @@ def build(operation, dtype_p, dtype_q):
                     state = load_state(at)
                     for i in range(1, parts):
                         state = merge(state, load_state(at + i * (8 * STATE)), beta)
-                value = finish(state, beta)
-                if value < UNDERFLOW and differ(x, y, width):
+                value, other = finish(state, beta)
+                if (value < UNDERFLOW or (both and other < UNDERFLOW)) and differ(x, y, width):
                     value = math.nan
-                poke_f64(out + 8 * row, value)
+                if both:
+                    poke_f64(out + 16 * row, value)
+                    poke_f64(out + 16 * row + 8, other)
+                else:
+                    poke_f64(out + 8 * row, value)
                 if not value < math.inf:
                     poke_i64(redo + 8 * (fetch_add(redo, 1) + 1), row)
 

@@ -51,8 +51,9 @@ STATE = 4
 
 
 def build(operation, dtype):
-    """``statistics``, or ``log_softmax`` which then writes x - logsumexp(x) in float32."""
+    """Statistics; or only their m and k (``top``); or x - logsumexp(x), written in float32."""
     writes = operation == "log_softmax"
+    only_top = operation == "top"
     load, load_tail = loader(dtype, f32v), tail_loader(dtype, f32v)
     get, look_ahead = entry(dtype), ahead(dtype)
     tile_max, find = passes(dtype)
@@ -108,6 +109,20 @@ def build(operation, dtype):
         return hsum(S), hsum(U)
 
     @inline
+    def not_a_number(x, start, stop):
+        """NaN if there is one among the entries, else 0."""
+        total = splat32(0.0)
+        full = start + (stop - start) // LANES32 * LANES32
+        for j in range(start, full, LANES32):
+            look_ahead(x, j)
+            p = load(x + j * size)
+            total = total + where(p == p, 0.0, p)
+        if full < stop:
+            p = load_tail(x + full * size, stop - full)
+            total = total + where(p == p, 0.0, p)
+        return f64(hsum(total))
+
+    @inline
     def part(x, start, stop, a):
         """The state of the entries [start, stop); S is NaN where an entry is NaN or +inf."""
         state = (-math.inf, 0.0, 0.0, -1.0)
@@ -130,10 +145,13 @@ def build(operation, dtype):
                 ref = f32(-largest * a)
                 shift = largest * a + ref
                 factor = math.exp2(-shift)
-            s, u = sums(x, j, tile_stop, hole, f32(a), ref)
+            if only_top:
+                s, u = not_a_number(x, j, tile_stop), 0.0
+            else:
+                s, u = sums(x, j, tile_stop, hole, f32(a), ref)
             u = LN_2 * (shift * s - u)
             m, S, U, k = state
-            state = (m, S + s * factor, U + u * factor, k)
+            state = (m, S + s, U, k) if only_top else (m, S + s * factor, U + u * factor, k)
             j = tile_stop
         return state
 
@@ -176,10 +194,10 @@ def build(operation, dtype):
                     for i in range(1, parts):
                         state = merge(state, load_state(at + i * (8 * STATE)))
                 m, S, U, k = state
-                if not S < math.inf or k < 0.0:
+                if not (S < math.inf and (k >= 0.0)) or (only_top and m == math.inf):
                     m = math.nan
                 # Underflow, or logits so large that their scaled values overflow (or NaN).
-                if not S >= UNDERFLOW and (k >= 0.0 or S != S):
+                if not only_top and not S >= UNDERFLOW and (k >= 0.0 or S != S):
                     poke_i64(redo + 8 * (fetch_add(redo, 1) + 1), row)
                 if writes:
                     # NaN rows: everything follows from a NaN top.
