@@ -398,7 +398,8 @@ def _step_exact(
             out[keep, column] = values[keep]
         return
     module = "top_k" if step.module == "top_k" else "exact"
-    function = _kernel(module, "statistics" if step.operation == "top" else step.operation)
+    (operation,) = _EXACT.get(step.operation, (step.operation,))
+    function = _kernel(module, operation)
     # The JS kernel of float32 has its weight built in.
     parameter = 0.5 if step == _JS_STEP else step.parameter
     if isinstance(out, np.ndarray):
@@ -430,6 +431,8 @@ def _kernel(module: str, *arguments: str) -> Callable[..., None]:
     return kernel(module, arguments, _SIGNATURE[module])
 
 
+#: What ``exact`` runs for an operation that it does not know by that name.
+_EXACT = {"top": ("statistics",), "kl_both": ("kl",)}
 #: Values that a step writes for each row, where it is more than one.
 _COLUMNS = {"statistics": STATISTICS, "top": STATISTICS, "kl_both": 2}
 
@@ -570,10 +573,13 @@ def available() -> str | None:
 
 def warmup(names: Sequence[str], dtypes: Sequence[str]) -> None:
     """Compile, or load from the cache, the kernels of these operations."""
-    for name in names:
-        for step in _plan(name, _EXAMPLE.get(name, ())).steps:
+    metrics = [(name, _EXAMPLE.get(name, ())) for name in names]
+    # Alone, and together in ``compare``.
+    for plan in (*(_plan(*metric) for metric in metrics), *_plans(metrics)):
+        for step in plan.steps:
             module = "top_k" if step.module == "top_k" else "exact"
-            _kernel(module, step.operation)
+            for operation in _EXACT.get(step.operation, (step.operation,)):
+                _kernel(module, operation)
             if step.module in ("exact", "top_k"):
                 continue
             for types in itertools.product(dtypes, repeat=len(step.rows)):
