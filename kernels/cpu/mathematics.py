@@ -225,6 +225,15 @@ def phi(t):
 
 
 @inline
+def exp2_near_0(z):
+    """2**z of one number, without a call to the library where z is as small as usual."""
+    if abs(z) > 1e-4:
+        return math.exp2(z)
+    t = z * LN_2
+    return 1.0 + t * (1.0 + t * (0.5 + t * (1.0 / 6.0)))
+
+
+@inline
 def psi(t):
     """1 - exp(t) + t exp(t) >= 0 of one number."""
     if t < -1.0:

@@ -45,7 +45,7 @@ from __future__ import annotations
 
 import math
 
-from .mathematics import LN_2, LOG2_E, excess, exp2_32, inline, phi, phi_32, psi
+from .mathematics import LN_2, LOG2_E, excess, exp2_32, exp2_near_0, inline, phi, phi_32, psi
 from .rowloop import (
     BLOCK,
     TILE,
@@ -98,7 +98,7 @@ def build(operation, dtype_p, dtype_q):
     load_p, load_q = loader(dtype_p, f32v), loader(dtype_q, f32v)
     tail_p, tail_q = tail_loader(dtype_p, f32v), tail_loader(dtype_q, f32v)
     entry_p, entry_q = entry(dtype_p), entry(dtype_q)
-    ahead_p, ahead_q = ahead(dtype_p), ahead(dtype_q)
+    ahead_p, ahead_q = ahead(dtype_p, TILE), ahead(dtype_q, TILE)
     max_p, find_p = passes(dtype_p)
     max_q, _ = passes(dtype_q)
     size_p, size_q = ITEMSIZE[dtype_p], ITEMSIZE[dtype_q]
@@ -244,7 +244,7 @@ def build(operation, dtype_p, dtype_q):
         # term by 2**(a m + ref).
         ref = f32(-largest * a)
         shift = largest * a + ref
-        factor = math.exp2(-shift)
+        factor = exp2_near_0(-shift)
         j = start
         while True:
             s, d, b, g, high, low, bad = sums(
@@ -269,22 +269,23 @@ def build(operation, dtype_p, dtype_q):
             )
             if bad or high > limit or (renyi and low > far) or not B + b < math.inf:
                 return m, S, top, c, D, math.nan, G, E
-            # c is off the mean of t by so much that half of B comes from it: move it.
             m, S, top, c, D, B, G, E = state
             d = D + top
             b = B + min(0.5 * top * top, abs(top))  # B with the top, nearly
-            if d * d > b * (S + 1.0):
+            if guessed and d * d > 1.3 * b * (S + 1.0):
+                # The first tile's c was a guess from two maxima.  It was bad: again.
+                guessed = False
                 c2 = f64(f32(c2 - d / (S + 1.0) * LOG2_E))
-                if guessed and d * d > 1.3 * b * (S + 1.0):
-                    # The first tile's c was a guess from two maxima.  It was bad: again.
-                    guessed = False
-                    state = (m, 0.0, top + (c2 * LN_2 - c), c2 * LN_2, 0.0, 0.0, 0.0, 0.0)
-                    continue
-                state = moved(state, c2 * LN_2 - c, beta)
+                state = (m, 0.0, top + (c2 * LN_2 - c), c2 * LN_2, 0.0, 0.0, 0.0, 0.0)
+                continue
             guessed = False
             j = tile_stop
             if j >= stop:
                 return state
+            if d * d > b * (S + 1.0):
+                # c is off the mean of t by so much that half of B comes from it: move it.
+                c2 = f64(f32(c2 - d / (S + 1.0) * LOG2_E))
+                state = moved(state, c2 * LN_2 - c, beta)
             tile_stop = min(j + TILE, stop)
             hole = -1
             before = largest
@@ -295,7 +296,7 @@ def build(operation, dtype_p, dtype_q):
                 S, D, B, G, E = under(state, m, beta)
                 ref = f32(-largest * a)
                 shift = largest * a + ref
-                factor = math.exp2(-shift)
+                factor = exp2_near_0(-shift)
                 top = ((entry_q(y, hole) - entry_p(x, hole)) * a + c2) * LN_2
                 state = (m, S, top, c2 * LN_2, D, B, G, E)
                 # A top that outweighs the rest is where the mean now is.
