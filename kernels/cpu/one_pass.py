@@ -98,7 +98,7 @@ def build(operation, dtype_p, dtype_q):
     load_p, load_q = loader(dtype_p, f32v), loader(dtype_q, f32v)
     tail_p, tail_q = tail_loader(dtype_p, f32v), tail_loader(dtype_q, f32v)
     entry_p, entry_q = entry(dtype_p), entry(dtype_q)
-    ahead_p, ahead_q = ahead(dtype_p, TILE), ahead(dtype_q, TILE)
+    ahead_p, ahead_q = ahead(dtype_p), ahead(dtype_q)
     max_p, find_p = passes(dtype_p)
     max_q, _ = passes(dtype_q)
     size_p, size_q = ITEMSIZE[dtype_p], ITEMSIZE[dtype_q]

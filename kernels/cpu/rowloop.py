@@ -29,8 +29,9 @@ TILE = 2048
 #: terms, as masked or flat rows have, round the same way every time.)
 BLOCK = 512
 
-#: The tile of the kernels that read one array.
-LONG_TILE = 2 * TILE
+#: How far ahead to ask for memory: the whole next tile must be there when its maximum is
+#: looked for, and its last entries a while earlier.
+AHEAD = TILE + TILE // 2
 
 #: Numbers that describe a row on its own.  With m the largest entry and k its first index:
 #: m;  S = sum exp(x - m) and U = sum (m - x) exp(x - m) over all indices but k;  k;  and
@@ -131,18 +132,13 @@ def entry(dtype):
     return get
 
 
-def ahead(dtype, tile):
-    """An inlined ``ahead(row, j)``: asks for the cache line one and a half tiles further on.
-
-    The whole next tile must be there when its maximum is looked for, and its last entries a
-    while earlier.
-    """
-    distance = (tile + tile // 2) * ITEMSIZE[dtype]
+def ahead(dtype):
+    """An inlined ``ahead(row, j)``: asks for the cache line AHEAD entries further on."""
     size = ITEMSIZE[dtype]
 
     @inline
     def ask(row, j):
-        prefetch(row + j * size + distance)
+        prefetch(row + (j + AHEAD) * size)
 
     return ask
 

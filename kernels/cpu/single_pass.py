@@ -13,8 +13,8 @@ import math
 from .mathematics import LN_2, LOG2_E, exp2_32, exp2_near_0, inline
 from .rowloop import (
     BLOCK,
-    LONG_TILE,
     STATISTICS,
+    TILE,
     UNDERFLOW,
     ahead,
     entry,
@@ -55,7 +55,7 @@ def build(operation, dtype):
     writes = operation == "log_softmax"
     only_top = operation == "top"
     load, load_tail = loader(dtype, f32v), tail_loader(dtype, f32v)
-    get, look_ahead = entry(dtype), ahead(dtype, LONG_TILE)
+    get, look_ahead = entry(dtype), ahead(dtype)
     tile_max, find = passes(dtype)
     size = ITEMSIZE[dtype]
 
@@ -132,7 +132,7 @@ def build(operation, dtype):
         factor = 1.0
         j = start
         while j < stop:
-            tile_stop = min(j + LONG_TILE, stop)
+            tile_stop = min(j + TILE, stop)
             hole = -1
             tile_top = f64(tile_max(x, j, tile_stop))
             if tile_top > largest:
