@@ -257,7 +257,6 @@ def _unary(llvm_name):
 
 
 vabs = _unary("fabs")
-vsqrt = _unary("sqrt")
 rint = _unary("rint")
 
 
