@@ -1,0 +1,393 @@
+"""``python benchmarks/gpu.py``: klfast on a CUDA device beside PyTorch and fused Triton kernels.
+
+One command compiles the kernels, checks their results against the float64 reference, times them,
+prints a table and writes ``gpu.json`` and ``GPU.md`` where ``--out`` says (default: beside itself,
+for a complete run). Times are medians of CUDA events over inputs several times the L2 cache, and
+shares are of the bandwidth of a device-to-device copy, bytes read plus bytes written, measured in
+the same run. Few rows are timed as replays of a CUDA graph, over inputs that take turns, and their
+shares are of the time of one launch of an empty kernel plus that of the copy.
+
+Peers are whatever is installed of PyTorch (eager and compiled), Liger-Kernel (whose kernels begin
+at log-probabilities: the log-softmax before them is timed with them), speculators (its fused
+losses from logits) and quack-kernels (softmax: the mark for reading one row once).
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib
+import importlib.util
+import statistics
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import klfast
+from klfast._arrays import FLOATS
+from klfast._machine import versions
+from klfast._operations import OPERATIONS, Operation, parse_metric
+from klfast._peers import COMPARE, PEERS
+from klfast._report import grid, write_json
+
+HERE = Path(__file__).resolve().parent
+VOCABULARIES = (32000, 128256, 151936, 262144)
+ROWS = 8192
+FEW_ROWS = (1, 4, 16, 64)
+FEW_ROWS_VOCABULARY = 128256
+DTYPES = ("float32", "bfloat16", "float16")
+MEASURES = (
+    "kl", "cross_entropy", "entropy", "logsumexp", "renyi:2", "js", "tv", "hellinger2", COMPARE,
+)  # fmt: skip
+TORCH = tuple(peer for peer in PEERS if peer.package == "torch")
+
+Call = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One contender's median at one case, and how far its results were from the truth."""
+
+    rows: int
+    vocab: int
+    dtype: str
+    data: str
+    measure: str
+    contender: str
+    seconds: float | None
+    of_bound: float | None
+    error: float | None = None
+    failure: str | None = None
+
+
+def main() -> None:
+    """Measure, print, and write the files."""
+    options = _options()
+    import torch
+
+    if not torch.cuda.is_available():
+        sys.exit("benchmarks/gpu.py: PyTorch sees no CUDA device")
+    if not klfast.backends()["cuda"]:
+        sys.exit(f"benchmarks/gpu.py: the CUDA backend: {klfast.backends()['cuda']}")
+    copy = _copy_bandwidth(options.quick)
+    launch = _launch_seconds()
+    about = _about(copy, launch)
+    print("\n".join(grid([[name, value] for name, value in about.items()], left=2)), flush=True)
+    timings: list[Timing] = []
+    for case in _cases(options):
+        timings += _measure(*case, copy, launch, options)
+        torch.cuda.empty_cache()
+    print("\n" + _table(timings))
+    out = options.out or (None if options.quick or options.only else HERE)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        content = {"about": about, "timings": [asdict(each) for each in timings]}
+        write_json(out / "gpu.json", content)
+        (out / "GPU.md").write_text(_markdown(about, timings), encoding="utf-8")
+        print(f"\nwritten: gpu.json, GPU.md in {out}")
+
+
+def _cases(options: argparse.Namespace) -> Iterator[tuple[int, int, str, str, tuple[str, ...]]]:
+    measures = tuple(m for m in MEASURES if options.only is None or m in options.only)
+    if options.quick:
+        yield 64, 32000, "float32", "flat", measures
+        yield 1, 32000, "bfloat16", "peaked", measures
+        return
+    for dtype in DTYPES:
+        for vocab in VOCABULARIES:
+            yield ROWS, vocab, dtype, "flat", measures
+    # What language models give: most of the mass on few tokens.
+    for dtype in DTYPES:
+        yield ROWS, FEW_ROWS_VOCABULARY, dtype, "peaked", measures
+    for rows in FEW_ROWS:
+        for dtype in ("float32", "bfloat16"):
+            yield rows, FEW_ROWS_VOCABULARY, dtype, "flat", measures
+
+
+def _logits(rows: int, vocab: int, dtype: str, data: str) -> tuple[Any, Any]:
+    """Two batches like those of a model and of its quantized version."""
+    import torch
+
+    generator = torch.Generator("cuda").manual_seed(vocab + rows)
+
+    def normal() -> Any:
+        return torch.randn(rows, vocab, device="cuda", generator=generator)
+
+    p = normal().mul_(2.5)
+    if data == "peaked":
+        tops = torch.randint(vocab, (rows, 1), device="cuda", generator=generator)
+        height = 8 + 14 * torch.rand(rows, 1, device="cuda", generator=generator)
+        p.scatter_(1, tops, height)
+    q = normal().mul_(0.1).add_(p).add_(0.3)
+    return p.to(getattr(torch, dtype)), q.to(getattr(torch, dtype))
+
+
+def _measure(
+    rows: int,
+    vocab: int,
+    dtype: str,
+    data: str,
+    measures: Sequence[str],
+    copy: float,
+    launch: float,
+    options: argparse.Namespace,
+) -> Iterator[Timing]:
+    print(f"{rows} x {vocab} {dtype} {data}", file=sys.stderr, flush=True)
+    size = rows * vocab * FLOATS[dtype]
+    few = rows <= max(FEW_ROWS)
+    # Inputs that take turns, so that no cache has them.
+    turns = min(256, max(2, (1 << 28) // size)) if few else 1
+    sets = [_logits(rows, vocab, dtype, data) for _ in range(turns)]
+    for measure in measures:
+        arity = 1 if measure != COMPARE and _operation(measure).arity == 1 else 2
+        bound = arity * size / copy + (launch if few else 0.0)
+        for name, make in _contenders(measure, options).items():
+            yield _timed(
+                Timing(rows, vocab, dtype, data, measure, name, None, None),
+                make, [pair[:arity] for pair in sets], bound, few,
+            )  # fmt: skip
+
+
+def _timed(
+    case: Timing,
+    make: Callable[[], Callable[..., Any]],
+    inputs: list[Any],
+    bound: float,
+    few: bool,
+) -> Timing:
+    import torch
+
+    fields = asdict(case)
+    try:
+        function = make()
+        result = function(*inputs[0])
+        error = _error(case.measure, inputs[0], result)
+        del result
+        if few:
+            seconds = _graph_seconds(function, inputs)
+        else:
+            seconds = _event_seconds(lambda: function(*inputs[0]))
+    except Exception as problem:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        fields["failure"] = " ".join(f"{type(problem).__name__}: {problem}".split())[:200]
+        return Timing(**fields)
+    fields |= {"seconds": seconds, "of_bound": bound / seconds, "error": error}
+    return Timing(**fields)
+
+
+def _operation(measure: str) -> Operation:
+    return OPERATIONS[measure.partition(":")[0]]
+
+
+def _contenders(
+    measure: str, options: argparse.Namespace
+) -> dict[str, Callable[[], Callable[..., Any]]]:
+    """Functions that make a function of torch tensors, by the name of the contender."""
+    found: dict[str, Callable[[], Callable[..., Any]]] = {"klfast": lambda: _own(measure)}
+    for peer in TORCH:
+        found[peer.name] = lambda peer=peer: _of_peer(peer, measure)  # type: ignore[misc]
+    others = {
+        "liger": ("liger_kernel", LIGER),
+        "speculators": ("speculators", SPECULATORS),
+        "quack softmax": ("quack", QUACK),
+    }
+    for name, (package, table) in others.items():
+        if measure in table and importlib.util.find_spec(package) is not None:
+            found[name] = table[measure]
+    if options.peers is not None:
+        found = {name: each for name, each in found.items() if name in ("klfast", *options.peers)}
+    return found
+
+
+def _own(measure: str) -> Callable[..., Any]:
+    if measure == COMPARE:
+        return lambda p, q: klfast.compare(p, q)
+    function = getattr(klfast, _operation(measure).function)
+    parameters = _parameters(measure)
+    return lambda *rows: function(*rows, *parameters)
+
+
+def _parameters(measure: str) -> tuple[float, ...]:
+    return parse_metric(measure)[1] if ":" in measure else ()
+
+
+def _of_peer(peer: Any, measure: str) -> Callable[..., Any]:
+    function: Callable[..., Any] | None = peer.measure(measure)
+    if function is None:
+        raise NotImplementedError(f"{peer.name} has no {measure}")
+    return function
+
+
+def _liger(name: str, **settings: Any) -> Callable[[], Callable[..., Any]]:
+    def make() -> Callable[..., Any]:
+        import torch
+
+        loss = getattr(importlib.import_module("liger_kernel.transformers"), name)(**settings)
+
+        def log_softmax(x: Any) -> Any:
+            return torch.nn.functional.log_softmax(x, -1, dtype=torch.float32)
+
+        return lambda p, q: loss(log_softmax(q), log_softmax(p))
+
+    return make
+
+
+def _speculators(name: str) -> Callable[[], Callable[..., Any]]:
+    def make() -> Callable[..., Any]:
+        module = importlib.import_module("speculators.losses.fused")
+        loss = getattr(module, name)
+        return lambda p, q: loss(q[None], p[None])[0]
+
+    return make
+
+
+def _quack() -> Callable[..., Any]:
+    module = importlib.import_module("quack.softmax")
+    softmax: Callable[..., Any] = module.softmax
+    return lambda p: softmax(p)
+
+
+LIGER = {
+    "kl": _liger("LigerKLDIVLoss", reduction="none", log_target=True),
+    "js": _liger("LigerJSD", beta=0.5),
+}
+SPECULATORS = {
+    "kl": _speculators("fused_kl_div_loss"),
+    "js": _speculators("fused_js_div_loss"),
+    "tv": _speculators("fused_tv_loss"),
+    "cross_entropy": _speculators("fused_ce_loss"),
+}
+QUACK = {"logsumexp": _quack}
+
+
+def _error(measure: str, rows: Sequence[Any], result: Any, sample: int = 16) -> float | None:
+    """Largest relative error over a few rows; None where a contender gives no value a row."""
+    operation = _operation("kl" if measure == COMPARE else measure)
+    if measure == COMPARE:
+        result = result["kl"] if isinstance(result, klfast.Comparison) else result[..., 0]
+    count = len(rows[0])
+    if result.shape != (count,):
+        return None
+    picked = np.unique(np.linspace(0, count - 1, sample).astype(int))
+    inputs = [x[picked].double().cpu().numpy() for x in rows]
+    truth = operation.reference(*inputs, *_parameters(measure))
+    found = result[picked].double().cpu().numpy()
+    return float(np.max(np.abs(found - truth) / np.abs(truth)))
+
+
+def _event_seconds(call: Call, rounds: int = 11) -> float:
+    import torch
+
+    for _ in range(2):
+        call()
+    torch.cuda.synchronize()
+    events = [
+        (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+        for _ in range(rounds)
+    ]
+    for before, after in events:
+        before.record()
+        call()
+        after.record()
+    torch.cuda.synchronize()
+    return float(statistics.median(a.elapsed_time(b) for a, b in events)) / 1e3
+
+
+def _graph_seconds(function: Callable[..., Any], inputs: list[Any], rounds: int = 21) -> float:
+    """Seconds a call, of one graph that calls the function once on each of the inputs."""
+    import torch
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for rows in inputs[:3]:
+            function(*rows)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        for rows in inputs:
+            function(*rows)
+    return _event_seconds(graph.replay, rounds) / len(inputs)
+
+
+def _copy_bandwidth(quick: bool) -> float:
+    import torch
+
+    count = 1 << (26 if quick else 32)
+    source = torch.empty(count, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    seconds = _event_seconds(lambda: target.copy_(source))
+    return 2 * count / seconds
+
+
+def _launch_seconds() -> float:
+    """Seconds that a kernel which does next to nothing takes in a graph."""
+    import torch
+
+    x = torch.zeros(1, device="cuda")
+    return _graph_seconds(lambda x: x.add_(1), [(x,)] * 64)
+
+
+def _about(copy: float, launch: float) -> dict[str, str]:
+    import torch
+
+    facts = torch.cuda.get_device_properties(0)
+    installed = [f"{name} {version}" for name, version in versions().items() if version]
+    return {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "device": f"{facts.name}, {facts.multi_processor_count} multiprocessors, "
+        f"{facts.total_memory / 2**30:.0f} GiB, L2 {facts.L2_cache_size / 2**20:.0f} MiB",
+        "copy bandwidth": f"{copy / 1e12:.3g} TB/s, read and written",
+        "launch in a graph": f"{1e6 * launch:.2g} us",
+        "CUDA": str(torch.version.cuda),
+        "versions": ", ".join(installed),
+    }
+
+
+def _table(timings: Sequence[Timing]) -> str:
+    titles = "rows", "V", "dtype", "data", "measure", "", "ms", "of bound", "klfast faster", "error"
+    rows = [list(titles)]
+    own = {
+        (t.rows, t.vocab, t.dtype, t.data, t.measure): t.seconds
+        for t in timings
+        if t.contender == "klfast"
+    }
+    for t in timings:
+        case = [str(t.rows), str(t.vocab), t.dtype, t.data, t.measure, t.contender]
+        if t.seconds is None or t.of_bound is None:
+            rows.append([*case, "failed", "", "", ""])
+            continue
+        mine = own.get((t.rows, t.vocab, t.dtype, t.data, t.measure))
+        ratio = f"{t.seconds / mine:.1f} x" if mine and t.contender != "klfast" else ""
+        rows.append([
+            *case, f"{1e3 * t.seconds:.4g}", f"{t.of_bound:.2f}", ratio,
+            "" if t.error is None else f"{t.error:.1e}",
+        ])  # fmt: skip
+    failures = sorted({f"{t.contender}, {t.measure}: {t.failure}" for t in timings if t.failure})
+    return "\n".join([*grid(rows, left=1), *failures])
+
+
+def _markdown(about: dict[str, str], timings: Sequence[Timing]) -> str:
+    facts = "\n".join(f"- {name}: {value}" for name, value in about.items())
+    return f"# Measured on a GPU\n\n{facts}\n\n```\n{_table(timings)}\n```\n"
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="two small shapes, to see it work")
+    parser.add_argument("--only", type=lambda text: text.split(","), help="measures, such as kl,js")
+    parser.add_argument(
+        "--peers", type=lambda text: text.split(","), help="such as 'torch.compile,liger'"
+    )
+    parser.add_argument("--out", metavar="FOLDER", type=Path, help="where to write the files")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    main()

@@ -1,0 +1,237 @@
+// Rows of logits in memory, as kernels read them, and where results go.
+//
+// DTYPE_P and DTYPE_Q say what a kernel reads; a kernel of one row ignores DTYPE_Q.
+
+#pragma once
+
+#define FLOAT16 0
+#define BFLOAT16 1
+#define FLOAT32 2
+#define FLOAT64 3
+
+constexpr float INFINITY32 = __builtin_huge_valf();
+constexpr double INFINITY64 = __builtin_huge_val();
+#define NAN64 as_double(0x7ff8000000000000ull)
+#define NAN32 as_float(0x7fc00000u)
+
+// A batch of rows. The host fills it: the layout is known to __init__.py.
+struct Rows {
+    const char* data;          // the first entry of row 0
+    const int64* offsets;      // bytes from row 0 to each row; null where row_stride gives them
+    int64 row_stride;          // bytes
+    int64 stride;              // bytes from an entry to the next
+    double inverse_temperature;
+    int dtype;                 // FLOAT16 ...; kernels that are compiled for one do not look
+    int probabilities;         // whether entries are probabilities and not logits
+};
+
+// All that a launch is told. One struct for all kernels: each reads what concerns it.
+struct Call {
+    Rows p, q;
+    int64 width;               // entries of a row
+    int64 count;               // rows
+    const uint8* where;        // one a row: 0 where it must not be read; null: read all
+    const int64* tokens;       // one a row, or null
+    double* values;            // results in float64, `columns` a row
+    int64 columns;
+    double parameters[16];     // order, weight, k ..., as each kernel documents
+    char* out;                 // results as the user sees them (finish, log_softmax, gradient)
+    const int64* out_offsets;  // bytes from the first result to each row's; null: out_stride
+    int64 out_stride;
+    int out_dtype;
+    int phase;                 // which of the things that a kernel can do, as it documents
+    int64 resident;            // entries of a part that its block keeps in shared memory
+    int64 parts;               // parts of a row, each the work of one block
+    int64 part_width;          // entries of a part, a multiple of 64
+    double* states;            // room for the state of every part
+    uint32* arrived;           // for each row, how many parts have been finished; all 0
+};
+
+// A kernel that cannot finish a row to full accuracy leaves this NaN for `exact`.
+#define UNFINISHED as_double(0x7ff8000000c0ffeeull)
+DEVICE bool is_unfinished(double value) { return as_bits(value) == 0x7ff8000000c0ffeeull; }
+
+DEVICE const char* row_address(const Rows& rows, int64 row)
+{
+    return rows.data + (rows.offsets ? rows.offsets[row] : row * rows.row_stride);
+}
+
+DEVICE bool is_read(const Call& call, int64 row) { return !call.where || call.where[row]; }
+
+template <int DTYPE>
+struct Entry;
+template <>
+struct Entry<FLOAT16> {
+    static constexpr int size = 2;
+    static DEVICE float get(const char* at)
+    {
+        return half_to_float(load_one(reinterpret_cast<const uint16*>(at)));
+    }
+};
+template <>
+struct Entry<BFLOAT16> {
+    static constexpr int size = 2;
+    static DEVICE float get(const char* at)
+    {
+        return bfloat_to_float(load_one(reinterpret_cast<const uint16*>(at)));
+    }
+};
+template <>
+struct Entry<FLOAT32> {
+    static constexpr int size = 4;
+    static DEVICE float get(const char* at) { return load_one(reinterpret_cast<const float*>(at)); }
+};
+template <>
+struct Entry<FLOAT64> {
+    static constexpr int size = 8;
+    static DEVICE double get(const char* at)
+    {
+        return load_one(reinterpret_cast<const double*>(at));
+    }
+};
+
+// An entry of any type, in float64: exact.
+DEVICE double entry64(const char* at, int dtype)
+{
+    switch (dtype) {
+    case FLOAT16: return Entry<FLOAT16>::get(at);
+    case BFLOAT16: return Entry<BFLOAT16>::get(at);
+    case FLOAT32: return Entry<FLOAT32>::get(at);
+    default: return Entry<FLOAT64>::get(at);
+    }
+}
+
+// Entries that a thread reads at a time: 16 bytes of the narrower array.
+#if defined(DTYPE_P)
+#ifndef DTYPE_Q
+#define DTYPE_Q DTYPE_P
+#endif
+constexpr int VECTOR = (Entry<DTYPE_P>::size == 4 && Entry<DTYPE_Q>::size == 4) ? 4 : 8;
+#endif
+
+// VECTOR entries of one array, as they lie in memory: 16 bytes, or 32.
+template <int DTYPE, int COUNT>
+struct Packed {
+    static constexpr int WORDS = COUNT * Entry<DTYPE>::size / 4;
+    static constexpr int LOADS = WORDS / 4;
+    uint32 word[WORDS];
+
+    DEVICE void unpack(float* x) const
+    {
+#pragma unroll
+        for (int i = 0; i < WORDS; ++i) {
+            if constexpr (DTYPE == FLOAT32) {
+                x[i] = as_float(word[i]);
+            } else if constexpr (DTYPE == BFLOAT16) {
+                x[2 * i] = bfloat_low(word[i]);
+                x[2 * i + 1] = bfloat_high(word[i]);
+            } else {
+                x[2 * i] = half_low(word[i]);
+                x[2 * i + 1] = half_high(word[i]);
+            }
+        }
+    }
+};
+
+// One row, cut into vectors. ALIGNED rows begin `skew` entries after a multiple of 16 bytes (the
+// host has seen to it that this is the same for both arrays of a pair), so that all vectors but
+// the first and the last are loaded whole; others entry by entry. Vector v holds the entries from
+// v VECTOR - skew on; those outside [0, width) read as -inf.
+#ifndef ALIGNED
+#define ALIGNED 1
+#endif
+
+template <int DTYPE, int COUNT>
+struct Row {
+    const char* address;
+    int64 width;
+    int skew;
+
+    DEVICE Row(const char* address, int64 width, int skew)
+        : address(address), width(width), skew(skew)
+    {
+    }
+
+    static DEVICE int skew_of(const char* address)
+    {
+#if ALIGNED
+        return static_cast<int>(reinterpret_cast<uint64>(address) / Entry<DTYPE>::size % COUNT);
+#else
+        return 0;
+#endif
+    }
+
+    DEVICE float entry(int64 index) const
+    {
+        return Entry<DTYPE>::get(address + index * Entry<DTYPE>::size);
+    }
+
+    DEVICE bool whole(int64 vector) const
+    {
+        const int64 first = vector * COUNT - skew;
+        return first >= 0 && first + COUNT <= width;
+    }
+
+    // The bits of -inf.
+    static constexpr uint32 NOTHING =
+        DTYPE == FLOAT32 ? 0xff800000u : DTYPE == BFLOAT16 ? 0xff80u : 0xfc00u;
+
+    template <bool ONCE>
+    DEVICE Packed<DTYPE, COUNT> load(int64 vector) const
+    {
+        Packed<DTYPE, COUNT> packed;
+        const int64 first = vector * COUNT - skew;
+        const char* at = address + first * Entry<DTYPE>::size;
+        if (ALIGNED && whole(vector)) {
+#pragma unroll
+            for (int i = 0; i < packed.LOADS; ++i) {
+                const Bytes16* source = reinterpret_cast<const Bytes16*>(at) + i;
+                const Bytes16 bytes =
+                    ONCE && packed.LOADS == 1 ? load_once(source) : load_again(source);
+#pragma unroll
+                for (int j = 0; j < 4; ++j)
+                    packed.word[4 * i + j] = bytes.word[j];
+            }
+            return packed;
+        }
+#pragma unroll
+        for (int i = 0; i < packed.WORDS; ++i) {
+            if constexpr (DTYPE == FLOAT32) {
+                const int64 index = first + i;
+                packed.word[i] = index >= 0 && index < width
+                                     ? load_one(reinterpret_cast<const uint32*>(at) + i)
+                                     : NOTHING;
+            } else {
+                const int64 index = first + 2 * i;
+                const uint16* source = reinterpret_cast<const uint16*>(at) + 2 * i;
+                const uint32 low =
+                    index >= 0 && index < width ? load_one(source) : NOTHING;
+                const uint32 high =
+                    index + 1 >= 0 && index + 1 < width ? load_one(source + 1) : NOTHING;
+                packed.word[i] = low | high << 16;
+            }
+        }
+        return packed;
+    }
+};
+
+// Round a float64 result once to the type of an array.
+DEVICE void store_as(char* at, int dtype, double value)
+{
+    switch (dtype) {
+    case FLOAT16: {
+        const float odd = round_to_odd(value);
+        *reinterpret_cast<uint16*>(at) = value == value ? half_of(odd) : 0x7e00;
+        break;
+    }
+    case BFLOAT16: {
+        // Half of what is cut off, and one less unless the last bit that stays is set.
+        const uint32 bits = as_bits(round_to_odd(value));
+        const uint32 rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+        *reinterpret_cast<uint16*>(at) = static_cast<uint16>(value == value ? rounded : 0x7fc0u);
+        break;
+    }
+    case FLOAT32: *reinterpret_cast<float*>(at) = float_of(value); break;
+    default: *reinterpret_cast<double*>(at) = value;
+    }
+}
