@@ -583,3 +583,173 @@ def _among_largest(values: Array, k: int) -> NDArray[np.bool_]:
     among = np.zeros(values.shape, dtype=np.bool_)
     np.put_along_axis(among, order[..., :k], True, axis=-1)
     return among
+
+
+# Gradients with respect to the logits
+#
+# Through x, P has the derivative dp_i/dx_j = p_i ([i = j] - p_j) / T, so that a function F of P has
+# dF/dx_j = p_j (w_j - sum p w) / T with w = dF/dp. Each is written as p_j (or q_j) times something
+# that vanishes with d, so that gradients of close distributions keep their digits. With the tilted
+# distribution r = p^alpha q^(1-alpha) / S and log S = (alpha-1) R, R the Renyi divergence,
+#
+#     r/p = exp((alpha-1) (d - R)),   r/q = exp(alpha d - (alpha-1) R).
+
+
+@_silent
+def gradient(
+    name: str,
+    p: ArrayLike,
+    q: ArrayLike | None = None,
+    *parameters: float,
+    wrt: str = "q",
+    **options: Unpack[PairOptions],
+) -> Array:
+    """d value / d logits of the row ``wrt``, "p" or "q", for the operation ``name``, of its shape.
+
+    Exactly 0 outside the support of that row, and 0 with respect to P throughout a row whose value
+    is infinite and has no derivative; NaN in rows that are no distributions.
+    """
+    axis, temperature = options.get("axis", -1), options.get("temperature", 1.0)
+    divisor = float(np.broadcast_to(temperature, 2)["pq".index(wrt)])
+    if q is None:
+        rows = _rows(p, axis, divisor, options.get("input", "logits"))
+        log_p, valid = rows.log_p, rows.valid
+        product = -_weighted(np.exp(log_p), log_p + _entropy(rows)[..., None])
+    else:
+        pair = _pair(p, q, **options)
+        product = _GRADIENTS[name][wrt](pair, *parameters)
+        log_p, valid = pair.log_p if wrt == "p" else pair.log_q, pair.valid
+    product = np.where(np.isfinite(product) & (log_p > -np.inf), product, 0.0)
+    return np.moveaxis(np.where(valid[..., None], product / divisor, np.nan), -1, axis)
+
+
+def _change(pair: _Pair) -> Array:
+    """q - p."""
+    return np.sign(pair.d) * pair.larger * np.expm1(-np.abs(pair.d))
+
+
+def _kl_wrt_p(pair: _Pair) -> Array:
+    return _weighted(pair.p, pair.d - _kl(pair)[..., None])
+
+
+def _jeffreys_wrt_p(pair: _Pair) -> Array:
+    return _kl_wrt_p(pair) - _change(pair)
+
+
+def _js_wrt_p(pair: _Pair, weight: float = 0.5) -> Array:
+    if weight in (0.0, 1.0):
+        return np.zeros_like(pair.d)
+    other = 1.0 - weight
+    log_p_over_m = -_log_mixture_over(math.log(weight), math.log1p(-weight), other, pair.d)
+    mixture = weight * pair.p + other * pair.q
+    divergence = np.sum(_kl_terms(pair.p, mixture, log_p_over_m), axis=-1, keepdims=True)
+    return weight * _weighted(pair.p, log_p_over_m - divergence)
+
+
+def _js_wrt_q(pair: _Pair, weight: float = 0.5) -> Array:
+    return _js_wrt_p(pair.swapped, 1.0 - weight)
+
+
+def _renyi_of(pair: _Pair, alpha: float) -> Array:
+    """The Renyi divergence, with an axis to broadcast over the entries."""
+    turned, beta = _oriented(pair, alpha)
+    excess = _excess(pair, alpha)
+    exponent = turned.log_p + _multiple(beta, turned.d)
+    exponent = np.where(turned.log_p == -np.inf, -np.inf, exponent)
+    log_s = np.where(np.abs(excess) < 0.5, np.log1p(excess), _log_sum_exp(exponent, 1.0))
+    divergence: Array = (log_s / (alpha - 1.0))[..., None]
+    return divergence
+
+
+def _tilt_from_p(pair: _Pair, alpha: float) -> Array:
+    """(r - p) / (alpha-1); its limit p (d - KL) for alpha = 1."""
+    if alpha == 1.0:
+        return _kl_wrt_p(pair)
+    tilt = (alpha - 1.0) * (pair.d - _renyi_of(pair, alpha))
+    return _scaled_expm1(pair.log_p, tilt) / (alpha - 1.0)
+
+
+def _tilt_from_q(pair: _Pair, alpha: float) -> Array:
+    """(q - r) / alpha; its limit q (-d - KL(Q, P)) for alpha = 0."""
+    if alpha == 0.0:
+        return _kl_wrt_p(pair.swapped)
+    if alpha == 1.0:
+        return _change(pair)
+    tilt = alpha * pair.d - (alpha - 1.0) * _renyi_of(pair, alpha)
+    return -_scaled_expm1(pair.log_q, tilt) / alpha
+
+
+def _renyi_wrt_p(pair: _Pair, alpha: float) -> Array:
+    if alpha == math.inf:
+        return _at_largest_ratio(pair) - pair.p
+    return _multiple(alpha, _tilt_from_p(pair, alpha))
+
+
+def _renyi_wrt_q(pair: _Pair, alpha: float) -> Array:
+    if alpha == math.inf:
+        return pair.q - _at_largest_ratio(pair)
+    if alpha == 0.0:
+        inside = np.where(pair.log_p == -np.inf, 0.0, pair.q)
+        total: Array = np.sum(inside, axis=-1, keepdims=True)
+        return pair.q - inside / total
+    return alpha * _tilt_from_q(pair, alpha)
+
+
+def _at_largest_ratio(pair: _Pair) -> Array:
+    """1 at the first index where d is largest, on the support of P."""
+    one = np.zeros_like(pair.d)
+    index = np.argmax(np.where(pair.log_p == -np.inf, -np.inf, pair.d), axis=-1)
+    np.put_along_axis(one, index[..., None], 1.0, axis=-1)
+    return one
+
+
+def _power_sum(pair: _Pair, alpha: float) -> Array:
+    """S."""
+    return np.exp((alpha - 1.0) * _renyi_of(pair, alpha)) if alpha != 1.0 else np.ones(1)
+
+
+def _alpha_wrt_p(pair: _Pair, alpha: float) -> Array:
+    return _power_sum(pair, alpha) * _tilt_from_p(pair, alpha)
+
+
+def _alpha_wrt_q(pair: _Pair, alpha: float) -> Array:
+    return _power_sum(pair, alpha) * _tilt_from_q(pair, alpha)
+
+
+def _tv_wrt_p(pair: _Pair) -> Array:
+    sign = 0.5 * np.sign(pair.d)
+    mean: Array = np.sum(pair.p * sign, axis=-1, keepdims=True)
+    return pair.p * (sign - mean)
+
+
+def _cross_entropy_wrt_p(pair: _Pair) -> Array:
+    value = np.sum(-_weighted(pair.p, pair.log_q), axis=-1, keepdims=True)
+    return -_weighted(pair.p, pair.log_q + value)
+
+
+_GRADIENTS: dict[str, dict[str, Callable[..., Array]]] = {
+    "kl": {"p": _kl_wrt_p, "q": _change},
+    "reverse_kl": {
+        "p": lambda pair: -_change(pair),
+        "q": lambda pair: _kl_wrt_p(pair.swapped),
+    },
+    "jeffreys": {"p": _jeffreys_wrt_p, "q": lambda pair: _jeffreys_wrt_p(pair.swapped)},
+    "js": {"p": _js_wrt_p, "q": _js_wrt_q},
+    "renyi": {"p": _renyi_wrt_p, "q": _renyi_wrt_q},
+    "alpha": {"p": _alpha_wrt_p, "q": _alpha_wrt_q},
+    "tsallis": {
+        "p": lambda pair, alpha: alpha * _alpha_wrt_p(pair, alpha),
+        "q": lambda pair, alpha: alpha * _alpha_wrt_q(pair, alpha),
+    },
+    "tv": {"p": _tv_wrt_p, "q": lambda pair: _tv_wrt_p(pair.swapped)},
+    # A quarter of the alpha-divergence of order 1/2.
+    "hellinger2": {
+        "p": lambda pair: 0.25 * _alpha_wrt_p(pair, 0.5),
+        "q": lambda pair: 0.25 * _alpha_wrt_q(pair, 0.5),
+    },
+    "chi2": {
+        "p": lambda pair: 2.0 * _alpha_wrt_p(pair, 2.0),
+        "q": lambda pair: 2.0 * _alpha_wrt_q(pair, 2.0),
+    },
+    "cross_entropy": {"p": _cross_entropy_wrt_p, "q": _change},
+}
