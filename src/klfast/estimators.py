@@ -46,8 +46,8 @@ def sampled_kl(
         r = log p - log q;  k1 = r,  k2 = r^2 / 2,  k3 = exp(-r) - 1 + r.
 
     Arguments:
-        log_p, log_q: log-probabilities of the sampled tokens under P and Q, in nats, of any shapes
-            that broadcast.
+        log_p: log-probabilities of the sampled tokens under P, in nats.
+        log_q: those under Q, of a shape that broadcasts with it.
         estimator: "k1", "k2" or "k3".
         clip_log_ratio: limits r to [-clip_log_ratio, clip_log_ratio] first (verl uses 20).
         clip: limits the estimate to [-clip, clip] (verl and OpenRLHF use 10).
@@ -159,14 +159,15 @@ def kl_from_topk(
     inequality is never above that of the whole rows. ``lower`` is at least as large: it also uses
     that a token of A that is not in B cannot be more probable under Q than the last one of B.
     Q' is taken larger by what the rounding of the given numbers can have taken from it, so that
-    ``estimate`` and ``lower`` stay below. ``upper`` holds if no token is less probable under Q than exp(floor): for tokens of A outside B
-    then log(p/q) <= log p - floor, and those outside A are no more probable than the last of A.
+    both stay below. ``upper`` holds if no token is less probable under Q than exp(floor): for
+    tokens of A outside B then log(p/q) <= log p - floor, and those outside A are no more probable
+    than the last of A.
 
     Arguments:
-        p_ids, q_ids: integers, shape (..., k), the k most probable tokens of each row, without
-            repetitions; k may differ between P and Q.
-        p_logprobs, q_logprobs: their log-probabilities in nats, normalized over the whole
-            vocabulary, of the same shapes.
+        p_ids: integers, shape (..., k), the k most probable tokens of each row, each once.
+        p_logprobs: their log-probabilities in nats, normalized over the whole vocabulary.
+        q_ids: those of Q, of the same batch axes; k may differ.
+        q_logprobs: their log-probabilities.
         vocab_size: number of tokens there are.
         floor: the smallest log q that a token can have, or None: then ``upper`` is infinite unless
             the given tokens are all there are.
@@ -191,12 +192,10 @@ def kl_from_topk(
     # What rounding of the given numbers can take from the mass of the others.
     slack = q_ids.shape[-1] * float(np.finfo(np.result_type(q_logprobs, np.float16)).eps)
     batch = p_ids.shape[:-1]
+    flat = [each.reshape(-1, each.shape[-1]) for each in (p_ids, p_log, q_ids, q_log)]
     rows = [
-        _row_bounds(*row, vocab_size, floor, slack)
-        for row in zip(
-            *(each.reshape(-1, each.shape[-1]) for each in (p_ids, p_log, q_ids, q_log)),
-            strict=True,
-        )
+        _row_bounds(flat[0][i], flat[1][i], flat[2][i], flat[3][i], vocab_size, floor, slack)
+        for i in range(len(flat[0]))
     ]
     table = np.array(rows, np.float64).reshape(*batch, 3)
     return TopKBounds(table[..., 0], table[..., 1], table[..., 2])
@@ -232,10 +231,10 @@ def _checked(
 
 
 def _row_bounds(
-    p_ids: NDArray[np.int64],
-    p_log: NDArray[np.float64],
-    q_ids: NDArray[np.int64],
-    q_log: NDArray[np.float64],
+    p_ids: NDArray[Any],
+    p_log: NDArray[Any],
+    q_ids: NDArray[Any],
+    q_log: NDArray[Any],
     vocab_size: int,
     floor: float | None,
     slack: float,
