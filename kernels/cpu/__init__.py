@@ -24,6 +24,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, NamedTuple, Protocol
 
@@ -39,6 +40,7 @@ __all__ = [
     "compare",
     "explain",
     "get_num_threads",
+    "gradient",
     "info",
     "log_softmax",
     "read_bytes",
@@ -71,6 +73,7 @@ _SIGNATURE = {
     "two_phase": "q" * 18 + "d",
     "single_pass": "q" * 18 + "d",
     "exact": "q" * 18 + "d" * 3,
+    "gradients": "q" * 20 + "d" * 3,
     "top_k": "q" * 18,
     "read": "q" * 5,
 }
@@ -512,6 +515,144 @@ def compare(
 def log_softmax(x: Rows, rows: Numbers | None, out: Rows) -> None:
     """Write x - logsumexp(x) of every entry, in the dtype of ``out``."""
     _step(Step("single_pass", "log_softmax", "p"), x, None, rows, out, None)
+
+
+class Tilt(NamedTuple):
+    """How a gradient follows from those that the kernel ``gradients`` knows.
+
+    ``operation`` of the rows (exchanged if ``swapped``), with the order or weight that it takes;
+    ``known`` makes of the value of a row what the kernel needs, and the factors of the gradients
+    with respect to P and Q.
+    """
+
+    operation: str
+    swapped: bool = False
+    alpha: float = 1.0
+    weight: float = 0.5
+    known: Callable[[Values], tuple[Values, Values | float, Values | float]] = lambda value: (
+        value, 1.0, 1.0,
+    )  # fmt: skip
+
+
+def _tilt(name: str, parameters: tuple[float, ...]) -> Tilt | None:
+    """None where only the reference knows the gradient."""
+    (parameter,) = parameters or (1.0,)
+    if name == "reverse_kl" or (name in ("alpha", "tsallis") and parameter == 0.0):
+        return Tilt("kl", swapped=True) if name != "tsallis" else None
+    if name in ("kl", "jeffreys", "tv", "cross_entropy"):
+        return Tilt(name)
+    if name == "entropy":  # cross-entropy with itself
+        return Tilt("cross_entropy")
+    if name == "js":
+        w = parameter
+        return Tilt("js", weight=w, known=lambda value: (value, w, 1.0 - w)) if 0 < w < 1 else None
+    if parameter == 1.0 and name in ("renyi", "alpha", "tsallis"):
+        return Tilt("kl")
+    alpha = {"chi2": 2.0, "hellinger2": 0.5}.get(name, parameter)
+    if not 0.01 < alpha <= 16.0:
+        return None
+    beta = alpha - 1.0
+
+    def known(value: Values) -> tuple[Values, Values | float, Values | float]:
+        """The Renyi divergence in base 2; S times constants.
+
+        Derivatives of log(S)/beta are alpha/beta (r - p) and q - r; S has S beta times those.
+        """
+        if name == "renyi":
+            return value / math.log(2.0), alpha / beta, 1.0
+        # S - 1 over the value, and what the value is in multiples of S - 1.
+        scale = {"alpha": alpha * beta, "tsallis": beta, "chi2": 1.0, "hellinger2": -1.0}[name]
+        excess = scale * value
+        factor = (1.0 + excess) / scale
+        return np.log1p(excess) / (beta * math.log(2.0)), factor * alpha, factor * beta
+
+    return Tilt("renyi", alpha=alpha, known=known)
+
+
+def gradient(
+    name: str,
+    p: Rows,
+    q: Rows | None,
+    parameters: tuple[float, ...],
+    rows: Numbers | None,
+    out: Values,
+    scale: Values,
+    into_p: Rows | None,
+    into_q: Rows | None,
+) -> None:
+    """Write values, and gradients with respect to the logits times ``scale``, one a row.
+
+    Each thread takes a few rows, computes their values and then, from its cache, their gradients.
+    Rows that the float32 kernel does not take are left to the reference.
+    """
+    other = p if q is None else q
+    tilt = _tilt(name, parameters)
+    targets = [into for into in (into_p, into_q) if into is not None]
+    fast = (
+        tilt is not None
+        and _is_fast(p, other)
+        and all(
+            into.stride == _ITEMSIZE[into.dtype] and into.dtype != "float64" for into in targets
+        )
+    )
+    numbers = np.arange(p.count) if rows is None else rows
+    plan = _plan(name, parameters)
+    left: list[Numbers] = []
+
+    def some(block: Numbers) -> None:
+        if tilt is None or not fast:
+            left.append(block)
+            return
+        values = []
+        for step in plan.steps:
+            space = (
+                _empty(step, p.count) if len(plan.steps) > 1 or plan.finish is not _same else out
+            )
+            _step(step, p, q, block, space, None, alone=True)
+            values.append(space if space is out else space[block])
+        if values[0] is not out:
+            out[block] = plan.finish(*values)
+        with np.errstate(all="ignore"):
+            value, factor_p, factor_q = tilt.known(out[block])
+        known = np.empty(p.count)
+        known[block] = value
+        scales = np.empty((p.count, 2))
+        scales[block, 0] = np.where(scale[block] == 0.0, 0.0, scale[block] * factor_p)
+        scales[block, 1] = np.where(scale[block] == 0.0, 0.0, scale[block] * factor_q)
+        sides = [(p, into_p, 0), (other, into_q, 1)]
+        if tilt.swapped:
+            sides.reverse()
+            scales = scales[:, ::-1].copy()
+        (first, into_first, _), (second, into_second, _) = sides
+        letters = "p" * (into_first is not None) + "q" * (into_second is not None)
+        empty = targets[0]
+        function = _kernel(
+            "gradients", tilt.operation, letters, first.dtype, second.dtype,
+            (into_first or empty).dtype, (into_second or empty).dtype,
+        )  # fmt: skip
+        space = np.zeros(len(block) + 2, np.int64)
+        counter = _address(space)
+        function(
+            *_place(first), *_place(second), p.width, _address(block), len(block), counter,
+            len(block), counter + 8, _address(known), _address(scales),
+            *_place(into_first or empty), *_place(into_second or empty),
+            1.0 / p.temperature, tilt.alpha, tilt.weight,
+        )  # fmt: skip
+        if space[1]:
+            left.append(np.sort(space[2 : 2 + space[1]]))
+
+    row_bytes = p.width * (_ITEMSIZE[p.dtype] + _ITEMSIZE[other.dtype])
+    at_a_time = max(1, CACHE_BLOCK // row_bytes)
+    blocks = iter([numbers[i : i + at_a_time] for i in range(0, len(numbers), at_a_time)])
+
+    def work() -> None:
+        for block in blocks:
+            some(block)
+
+    threads.run(work, min(get_num_threads(), -(-len(numbers) // at_a_time)))
+    for block in left:
+        reference = import_module("klfast._reference_backend")
+        reference.gradient(name, p, q, parameters, block, out, scale, into_p, into_q)
 
 
 def explain(name: str, p: Rows, q: Rows | None) -> dict[str, object]:

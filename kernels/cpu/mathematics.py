@@ -18,6 +18,7 @@ from .simd import (
     HAS_SCALEF,
     fma,
     fraction32,
+    log_split32,
     log_split64,
     pow2,
     rint,
@@ -114,6 +115,20 @@ def one_minus_exp2_32(tau):
     p = fma(p, r, 0.6931471824645996)
     s = power_32(n)
     return fma(-s, r * p, 1.0 - s)
+
+
+@inline
+def log_32(x, missing):
+    """log(x) of float32 x in (0, 1], where ``missing`` is 1 - x to full accuracy; 2e-7."""
+    e = log_split32(x)
+    m = x * pow2(-e)
+    near = e == 0.0
+    s = where(near, -missing / (2.0 - missing), (m - 1.0) / (m + 1.0))
+    z = s * s
+    p = fma(z, 1 / 9, 1 / 7)
+    p = fma(p, z, 1 / 5)
+    p = fma(p, z, 1 / 3)
+    return fma(e, LN_2, 2.0 * s * fma(p, z, 1.0))
 
 
 # --- float64 ---------------------------------------------------------------------------

@@ -335,18 +335,25 @@ def pow2(typingctx, n):
     return n(n), codegen
 
 
-@intrinsic
-def log_split64(typingctx, x):
-    """The exponent e of positive normal x, as x = m 2**e with m in [sqrt(1/2), sqrt(2))."""
+def _log_split(root, mantissa):
+    """From positive normal x the exponent e with x = m 2**e and m in [sqrt(1/2), sqrt(2))."""
 
-    def codegen(context, builder, sig, args):
-        ity = _INT[x]
-        origin = ir.Constant(ity, [0x3FE6A09E667F3BCD] * x.lanes)  # the bits of sqrt(1/2)
-        bits = builder.sub(builder.bitcast(args[0], ity), origin)
-        exponent = builder.ashr(bits, ir.Constant(ity, [52] * x.lanes))
-        return builder.sitofp(exponent, x.llvm)
+    @intrinsic
+    def split(typingctx, x):
+        def codegen(context, builder, sig, args):
+            ity = _INT[x]
+            bits = builder.sub(builder.bitcast(args[0], ity), ir.Constant(ity, [root] * x.lanes))
+            exponent = builder.ashr(bits, ir.Constant(ity, [mantissa] * x.lanes))
+            return builder.sitofp(exponent, x.llvm)
 
-    return x(x), codegen
+        return x(x), codegen
+
+    return split
+
+
+# By the bits of sqrt(1/2).
+log_split32 = _log_split(0x3F3504F3, 23)
+log_split64 = _log_split(0x3FE6A09E667F3BCD, 52)
 
 
 def _reduction(name, with_start):
@@ -519,35 +526,68 @@ def prefetch(typingctx, address):
     return types.void(address), codegen
 
 
-@intrinsic
-def store(typingctx, address, vector):
-    """Write a vector at an address."""
+def _narrow(builder, value, dtype):
+    """Float32 vectors or numbers, rounded to ``dtype``: to nearest, ties to even; NaN stays NaN."""
+    lanes = value.type.count if isinstance(value.type, ir.VectorType) else None
 
-    def codegen(context, builder, sig, args):
-        pointer = builder.inttoptr(args[0], vector.llvm.as_pointer())
-        builder.store(args[1], pointer, align=vector.element.bitwidth // 8)
-        return context.get_dummy_value()
+    def like(element):
+        return element if lanes is None else ir.VectorType(element, lanes)
 
-    return types.void(address, vector), codegen
-
-
-@intrinsic
-def store_tail(typingctx, address, vector, n):
-    """Write the first ``n`` lanes of a vector."""
-
-    def codegen(context, builder, sig, args):
-        pointer = builder.inttoptr(args[0], vector.llvm.as_pointer())
-        wide = Vector(types.int64, vector.lanes)
-        n64 = context.cast(builder, args[2], sig.args[2], types.int64)
-        mask = builder.icmp_signed("<", _lane_numbers(vector), _splat(builder, n64, wide))
+    def number(n):
         i32 = ir.IntType(32)
-        fnty = ir.FunctionType(ir.VoidType(), [vector.llvm, pointer.type, i32, mask.type])
-        name = f"llvm.masked.store.{_suffix(vector)}.p0"
-        fn = cgutils.get_or_insert_function(builder.module, fnty, name)
-        builder.call(fn, [args[1], pointer, i32(vector.element.bitwidth // 8), mask])
-        return context.get_dummy_value()
+        return i32(n) if lanes is None else ir.Constant(like(i32), [n] * lanes)
 
-    return types.void(address, vector, n), codegen
+    if dtype == "float16":
+        return builder.fptrunc(value, like(ir.HalfType()))
+    if dtype == "bfloat16":
+        bits = builder.bitcast(value, like(ir.IntType(32)))
+        odd = builder.and_(builder.lshr(bits, number(16)), number(1))
+        rounded = builder.add(bits, builder.add(odd, number(0x7FFF)))
+        is_nan = builder.fcmp_unordered("uno", value, value)
+        bits = builder.select(is_nan, number(0x7FC00000), rounded)
+        return builder.trunc(builder.lshr(bits, number(16)), like(ir.IntType(16)))
+    return value
+
+
+def storer(dtype):
+    """Intrinsics ``store(address, vector)`` and ``store_tail(address, vector, n)``.
+
+    They round a float32 vector to ``dtype`` and write it, or its first ``n`` lanes.
+    """
+
+    @intrinsic
+    def store(typingctx, address, vector):
+        def codegen(context, builder, sig, args):
+            value = _narrow(builder, args[1], dtype)
+            pointer = builder.inttoptr(args[0], value.type.as_pointer())
+            builder.store(value, pointer, align=ITEMSIZE[dtype])
+            return context.get_dummy_value()
+
+        return types.void(address, vector), codegen
+
+    @intrinsic
+    def store_tail(typingctx, address, vector, n):
+        def codegen(context, builder, sig, args):
+            value = _narrow(builder, args[1], dtype)
+            pointer = builder.inttoptr(args[0], value.type.as_pointer())
+            wide = Vector(types.int64, vector.lanes)
+            n64 = context.cast(builder, args[2], sig.args[2], types.int64)
+            mask = builder.icmp_signed("<", _lane_numbers(vector), _splat(builder, n64, wide))
+            letter = "i" if dtype == "bfloat16" else "f"
+            size = ITEMSIZE[dtype]
+            i32 = ir.IntType(32)
+            fnty = ir.FunctionType(ir.VoidType(), [value.type, pointer.type, i32, mask.type])
+            name = f"llvm.masked.store.v{vector.lanes}{letter}{8 * size}.p0"
+            fn = cgutils.get_or_insert_function(builder.module, fnty, name)
+            builder.call(fn, [value, pointer, i32(size), mask])
+            return context.get_dummy_value()
+
+        return types.void(address, vector, n), codegen
+
+    return store, store_tail
+
+
+store, store_tail = storer("float32")
 
 
 def narrow_store(dtype):
@@ -561,17 +601,7 @@ def narrow_store(dtype):
         def codegen(context, builder, sig, args):
             value = args[1]
             if dtype != "float64":
-                value = builder.fptrunc(value, ir.FloatType())
-            if dtype == "float16":
-                value = builder.fptrunc(value, ir.HalfType())
-            if dtype == "bfloat16":  # to nearest, ties to even; NaN stays NaN
-                i32 = ir.IntType(32)
-                bits = builder.bitcast(value, i32)
-                odd = builder.and_(builder.lshr(bits, i32(16)), i32(1))
-                rounded = builder.add(bits, builder.add(odd, i32(0x7FFF)))
-                is_nan = builder.fcmp_unordered("uno", value, value)
-                bits = builder.select(is_nan, i32(0x7FC00000), rounded)
-                value = builder.trunc(builder.lshr(bits, i32(16)), ir.IntType(16))
+                value = _narrow(builder, builder.fptrunc(value, ir.FloatType()), dtype)
             pointer = builder.inttoptr(args[0], value.type.as_pointer())
             builder.store(value, pointer, align=ITEMSIZE[dtype])
             return context.get_dummy_value()

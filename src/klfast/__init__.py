@@ -45,6 +45,7 @@ from .errors import BackendUnavailable
 if TYPE_CHECKING:
     from ._bench import Timing, bench
     from ._evaluation import Evaluation, evaluate
+    from ._gradients import ValueAndGradient, value_and_grad
     from ._machine import info
     from ._sources import LogitSource, SourceError, open_logits
 
@@ -56,10 +57,12 @@ _LAZY = {
     "LogitSource": "_sources",
     "SourceError": "_sources",
     "Timing": "_bench",
+    "ValueAndGradient": "_gradients",
     "bench": "_bench",
     "evaluate": "_evaluation",
     "info": "_machine",
     "open_logits": "_sources",
+    "value_and_grad": "_gradients",
 }
 
 __all__ = [
@@ -71,6 +74,7 @@ __all__ = [
     "LogitSource",
     "SourceError",
     "Timing",
+    "ValueAndGradient",
     "alpha_divergence",
     "backends",
     "bench",
@@ -96,6 +100,7 @@ __all__ = [
     "token_log_probs",
     "total_variation",
     "tsallis_divergence",
+    "value_and_grad",
     "warmup",
 ]
 

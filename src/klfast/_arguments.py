@@ -37,6 +37,7 @@ __all__ = [
     "Settings",
     "check_options",
     "finish",
+    "out_view",
     "prepare",
     "result_shape",
     "target_of",
@@ -206,6 +207,14 @@ def target_of(batch: Batch, shape: tuple[int, ...]) -> tuple[str, View | None]:
                 "jax.config.update('jax_enable_x64', True)"
             )
         return dtype, None
+    view = out_view(out, place, shape)
+    if dtype not in (None, view.dtype):
+        raise TypeError(f"out has dtype {view.dtype}; accepted: {dtype}, as given by dtype=")
+    return view.dtype, view
+
+
+def out_view(out: Any, place: Place, shape: tuple[int, ...]) -> View:
+    """The memory of `out`, if a result of this shape can be written into it."""
     given = place_of(out, "out")
     if given != place or place.kind not in ("NumPy", "PyTorch"):
         raise TypeError(
@@ -215,15 +224,13 @@ def target_of(batch: Batch, shape: tuple[int, ...]) -> tuple[str, View | None]:
     view = view_of(out, place, "out")
     if view.shape != shape:
         raise ValueError(f"out has shape {view.shape}; accepted: {shape}")
-    if dtype not in (None, view.dtype):
-        raise TypeError(f"out has dtype {view.dtype}; accepted: {dtype}, as given by dtype=")
     if place.kind == "NumPy" and not out.flags.writeable:
         raise ValueError("out is read-only; accepted: an array that can be written to")
     if place.kind == "PyTorch" and out.requires_grad:
         raise ValueError("out requires a gradient; accepted: a tensor that does not (out.detach())")
     if any(n > 1 and step == 0 for n, step in zip(view.shape, view.strides, strict=True)):
         raise ValueError("out repeats the same memory along an axis; accepted: one that does not")
-    return view.dtype, view
+    return view
 
 
 def finish(

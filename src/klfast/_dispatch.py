@@ -67,6 +67,20 @@ class Backend(Protocol):
     ) -> list[NDArray[np.float64]]:
         """Return the values of many operations, from one read of main memory."""
 
+    def gradient(
+        self,
+        name: str,
+        p: Rows,
+        q: Rows | None,
+        parameters: tuple[float, ...],
+        rows: NDArray[np.int64] | None,
+        out: NDArray[np.float64],
+        scale: NDArray[np.float64],
+        into_p: Rows | None,
+        into_q: Rows | None,
+    ) -> None:
+        """Write values into `out`, and their gradients times `scale` into logits' like memory."""
+
     def explain(self, name: str, p: Rows, q: Rows | None) -> dict[str, object]:
         """Return what `run` would do: kernel, passes, threads."""
 

@@ -14,6 +14,7 @@ from typing import Any
 
 __all__ = [
     "DEFAULT_METRICS",
+    "DIFFERENTIABLE",
     "OPERATIONS",
     "TARGET_METRICS",
     "Operation",
@@ -77,6 +78,7 @@ class Operation:
     logarithmic: bool = False  # measured in nats, so that `base` applies
     tokens: bool = False  # needs one token a row
     metric: bool = True  # may be named in compare(metrics=...)
+    differentiable: bool = False  # `value_and_grad` has its gradient
 
     @property
     def arity(self) -> int:
@@ -129,6 +131,7 @@ KL = Operation(
     source="Kullback and Leibler, On Information and Sufficiency, 1951",
     bounds=NON_NEGATIVE,
     logarithmic=True,
+    differentiable=True,
 )
 ENTROPY = Operation(
     name="entropy",
@@ -140,6 +143,7 @@ ENTROPY = Operation(
     rows="p",
     logarithmic=True,
     metric=False,
+    differentiable=True,
 )
 NLL = Operation(
     name="nll_p",
@@ -171,6 +175,7 @@ _TABLE = (
         bounds=NON_NEGATIVE,
         symmetric=True,
         logarithmic=True,
+        differentiable=True,
     ),
     Operation(
         name="js",
@@ -182,6 +187,7 @@ _TABLE = (
         parameters=(Parameter("weight", 0.5, 0.0, 1.0),),
         symmetric=True,
         logarithmic=True,
+        differentiable=True,
     ),
     Operation(
         name="renyi",
@@ -193,6 +199,7 @@ _TABLE = (
         bounds=NON_NEGATIVE,
         parameters=(ORDER,),
         logarithmic=True,
+        differentiable=True,
     ),
     Operation(
         name="alpha",
@@ -203,6 +210,7 @@ _TABLE = (
         "parametrization Cichocki and Amari, Families of Alpha- Beta- and Gamma-Divergences, 2010",
         bounds=alpha_bounds,
         parameters=(FINITE_ORDER,),
+        differentiable=True,
     ),
     Operation(
         name="tsallis",
@@ -212,6 +220,7 @@ _TABLE = (
         source="Tsallis, Generalized Entropy-Based Criterion for Consistent Testing, 1998",
         bounds=tsallis_bounds,
         parameters=(FINITE_ORDER,),
+        differentiable=True,
     ),
     Operation(
         name="tv",
@@ -221,6 +230,7 @@ _TABLE = (
         source="Levin and Peres, Markov Chains and Mixing Times, 2017, section 4.1",
         bounds=UNIT,
         symmetric=True,
+        differentiable=True,
     ),
     Operation(
         name="hellinger2",
@@ -230,6 +240,7 @@ _TABLE = (
         source="Hellinger, Neue Begründung der Theorie quadratischer Formen, 1909",
         bounds=UNIT,
         symmetric=True,
+        differentiable=True,
     ),
     Operation(
         name="chi2",
@@ -238,6 +249,7 @@ _TABLE = (
         formula="X2(P, Q) = sum (p - q)^2 / q",
         source="Pearson, On the Criterion that a Given System of Deviations, 1900",
         bounds=NON_NEGATIVE,
+        differentiable=True,
     ),
     Operation(
         name="cross_entropy",
@@ -247,9 +259,16 @@ _TABLE = (
         source="Cover and Thomas, Elements of Information Theory, 2006, chapter 5.4",
         bounds=NON_NEGATIVE,
         logarithmic=True,
+        differentiable=True,
     ),
     ENTROPY,
-    replace(ENTROPY, name="entropy_p", title="Shannon entropy of P", metric=True),
+    replace(
+        ENTROPY,
+        name="entropy_p",
+        title="Shannon entropy of P",
+        metric=True,
+        differentiable=False,
+    ),
     replace(
         ENTROPY,
         name="entropy_q",
@@ -257,6 +276,7 @@ _TABLE = (
         formula="H(Q) = -sum q log q",
         rows="q",
         metric=True,
+        differentiable=False,
     ),
     Operation(
         name="renyi_entropy",
@@ -341,6 +361,7 @@ _TABLE = (
 )
 
 OPERATIONS: dict[str, Operation] = {operation.name: operation for operation in _TABLE}
+DIFFERENTIABLE = {name: each for name, each in OPERATIONS.items() if each.differentiable}
 
 # What a quantization evaluation reads: the information lost, the mass put where the original has
 # none, the largest change in the probability of any event, and how often greedy decoding differs.

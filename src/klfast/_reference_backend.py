@@ -15,6 +15,7 @@ __all__ = [
     "compare",
     "explain",
     "get_num_threads",
+    "gradient",
     "info",
     "log_softmax",
     "run",
@@ -80,6 +81,37 @@ def compare(
     for (name, parameters), out in zip(metrics, results, strict=True):
         run(name, p, q, parameters, rows, out, tokens)
     return results
+
+
+def gradient(
+    name: str,
+    p: Rows,
+    q: Rows | None,
+    parameters: tuple[float, ...],
+    rows: Numbers | None,
+    out: NDArray[np.float64],
+    scale: NDArray[np.float64],
+    into_p: Rows | None,
+    into_q: Rows | None,
+) -> None:
+    """Write values into `out` and scaled gradients into the memory of `into_p` and `into_q`.
+
+    That memory may be the logits' own: a block of rows is read whole before it is written.
+    """
+    temperature = p.temperature if q is None else (p.temperature, q.temperature)
+    for numbers in _blocks(p, rows):
+        first, second = _load(p, numbers), None if q is None else _load(q, numbers)
+        run(name, p, q, parameters, numbers, out)
+        factor = scale[numbers][:, None]
+        for wrt, into in (("p", into_p), ("q", into_q)):
+            if into is None:
+                continue
+            gradient = reference.gradient(
+                name, first, second, *parameters, wrt=wrt, temperature=temperature
+            )
+            scaled = np.where(factor == 0.0, 0.0, gradient * factor)
+            for number, row in zip(numbers, encode(scaled, into.dtype), strict=True):
+                _row(into, int(number), writable=True)[...] = row
 
 
 def explain(name: str, p: Rows, q: Rows | None) -> dict[str, object]:

@@ -1,0 +1,167 @@
+"""The normalizers of two rows and the logarithm of their ratio: the first phase of two.
+
+Exponents are kept in base 2: with a = log2(e)/T, u = a x + rx and v = a y + ry for references rx,
+ry (about minus the maxima), t = v - u = a (y - x) + (ry - rx), h = 1 - 2**-abs(t) and
+M = 2**max(u, v), the sums are
+
+    S = sum (2**u + 2**v) = 2 sum M - sum M h,   D = sum (2**v - 2**u) = sum sign(t) M h,
+
+so that the normalizers' ratio comes from D, whose terms vanish where the rows agree, and not
+from the difference of two large sums: with Sx = (S - D)/2 and Sy = (S + D)/2,
+
+    log2(p/q) = -(t + C - (ry - rx)),   C = ry - rx + log2(Sx/Sy).
+
+References are multiples of 1/1024, hence ry - rx is exact, and D is nearly what it would be with
+the maxima themselves.  What the subtraction y - x rounds off is carried along.  Moving references
+by f = 2**hx, g = 2**hy changes (S, D) into ((f+g) S + (g-f) D, (f+g) D + (g-f) S)/2, where g - f is
+taken as an odd function of hy - hx.  The sum H of M h bounds the rounding error of D.  Every
+quantity is symmetric in the two rows or changes its sign only, operation by operation.
+"""
+
+from __future__ import annotations
+
+import math
+
+from .mathematics import LN_2, exp2_32, inline, one_minus_exp2_32
+from .rowloop import BLOCK, TILE, ahead, f32, f64, passes
+from .simd import (
+    ITEMSIZE,
+    LANES32,
+    copysign,
+    f32v,
+    fma,
+    fold64,
+    hany,
+    hsum,
+    lane_is,
+    loader,
+    splat32,
+    splat64,
+    tail_loader,
+    unordered,
+    vabs,
+    vmax,
+    vmin,
+    where,
+)
+
+#: The largest tau, in base 2, that is told apart: 2**-126 is the smallest normal number.
+FAR = 126.0
+
+
+def normalization(dtype_p, dtype_q):
+    load_p, load_q = loader(dtype_p, f32v), loader(dtype_q, f32v)
+    tail_p, tail_q = tail_loader(dtype_p, f32v), tail_loader(dtype_q, f32v)
+    ahead_p, ahead_q = ahead(dtype_p), ahead(dtype_q)
+    max_p, _ = passes(dtype_p)
+    max_q, _ = passes(dtype_q)
+    size_p, size_q = ITEMSIZE[dtype_p], ITEMSIZE[dtype_q]
+
+    @inline
+    def moved(state, rx, ry):
+        """The same sums relative to other references."""
+        rx0, ry0, S, D, H = state
+        hx = rx - rx0
+        hy = ry - ry0
+        both = 0.5 * (math.exp2(hx) + math.exp2(hy))
+        odd = math.exp2(0.5 * (hx + hy)) * math.sinh((hy - hx) * (0.5 * LN_2))
+        return rx, ry, both * S + odd * D, both * D + odd * S, both * H + abs(odd) * S
+
+    @inline
+    def merge(a, b):
+        rx = min(a[0], b[0])
+        ry = min(a[1], b[1])
+        a = moved(a, rx, ry)
+        b = moved(b, rx, ry)
+        return rx, ry, a[2] + b[2], a[3] + b[3], a[4] + b[4]
+
+    @inline
+    def step(p, q, a, rx, ry, c, S, D, H, bad):
+        u = fma(p, a, rx)
+        v = fma(q, a, ry)
+        d = q - p
+        back = d - q
+        lost = (q - (d - back)) - (p + back)
+        lost = where(unordered(lost, lost), 0.0, lost)
+        t = fma(lost, a, fma(d, a, c))
+        h = one_minus_exp2_32(vmin(vabs(t), FAR))  # a NaN from -inf - -inf becomes FAR
+        m = exp2_32(vmax(u, v))
+        bad = bad | unordered(p, q)
+        mh = m * h
+        return S + m, D + copysign(mh, t), H + mh, bad
+
+    @inline
+    def sums(x, y, start, stop, a, rx, ry, c):
+        """(sum M, D, H, any NaN) of [start, stop)."""
+        zero = splat32(0.0)
+        S = splat64(0.0)
+        D = S
+        H = S
+        bad = lane_is(zero, -1)
+        full = start + (stop - start) // LANES32 * LANES32
+        j = start
+        while j < stop:
+            last = min(full, j + BLOCK)
+            s = zero
+            d = zero
+            h = zero
+            while j < last:
+                ahead_p(x, j)
+                ahead_q(y, j)
+                s, d, h, bad = step(
+                    load_p(x + j * size_p), load_q(y + j * size_q), a, rx, ry, c, s, d, h, bad
+                )
+                j += LANES32
+            if full == j < stop:
+                p = tail_p(x + j * size_p, stop - j)
+                q = tail_q(y + j * size_q, stop - j)
+                s, d, h, bad = step(p, q, a, rx, ry, c, s, d, h, bad)
+                j += LANES32
+            S = S + fold64(s)
+            D = D + fold64(d)
+            H = H + fold64(h)
+        return hsum(S), hsum(D), hsum(H), hany(bad)
+
+    @inline
+    def first(x, y, start, stop, a):
+        """The sums of [start, stop) and their references; S is NaN where they cannot be had."""
+        state = (0.0, 0.0, 0.0, 0.0, 0.0)
+        j = start
+        while j < stop:
+            tile_stop = min(j + TILE, stop)
+            rx = -1024.0 * a * f64(max_p(x, j, tile_stop))
+            ry = -1024.0 * a * f64(max_q(y, j, tile_stop))
+            # Beyond 2**19 the references are no longer exact in float32 (or not finite).
+            if not (abs(rx) < 8388608.0 and abs(ry) < 8388608.0):
+                if j > start and rx > 0.0 and ry > 0.0:  # -inf all over: nothing to add
+                    rx = math.inf
+                    ry = math.inf
+                else:
+                    return 0.0, 0.0, math.nan, 0.0, 0.0
+            rx = math.floor(rx) / 1024.0
+            ry = math.floor(ry) / 1024.0
+            if j == start:
+                state = (rx, ry, 0.0, 0.0, 0.0)
+            elif rx < state[0] or ry < state[1]:
+                state = moved(state, min(rx, state[0]), min(ry, state[1]))
+            rx, ry, S, D, H = state
+            s, d, h, bad = sums(x, y, j, tile_stop, f32(a), f32(rx), f32(ry), f32(ry - rx))
+            if bad:
+                return rx, ry, math.nan, D, H
+            state = (rx, ry, S + (2.0 * s - h), D + d, H + h)
+            j = tile_stop
+        return state
+
+    @inline
+    def normalizers(state):
+        rx, ry, S, D, H = state
+        sx = 0.5 * (S - D)
+        sy = 0.5 * (S + D)
+        # Odd in D, so that swapped arguments give the same bits.
+        if abs(D) < 0.5 * S:
+            ratio = -2.0 * math.atanh(D / S) / LN_2
+        else:
+            ratio = math.log2(sx) - math.log2(sy)
+        return rx - math.log2(sx), ry - math.log2(sy), (ry - rx) + ratio
+
+    return first, normalizers

@@ -1,0 +1,194 @@
+"""Values and their gradients with respect to the logits, in one fused call."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, TypedDict, Unpack
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ._api import documented
+from ._arguments import (
+    Batch,
+    check_options,
+    finish,
+    out_view,
+    prepare,
+    target_of,
+)
+from ._arrays import STORAGE, Rows, View, host_array, memory, overlap, rows_of, view_of, wrap
+from ._operations import DIFFERENTIABLE, Operation
+
+__all__ = ["GradientOptions", "ValueAndGradient", "differentiable", "value_and_grad"]
+
+
+class GradientOptions(TypedDict, total=False):
+    """Keywords of a function with values and gradients."""
+
+    axis: int
+    temperature: float | tuple[float, float]
+    base: float | None
+    where: Any
+    vocab_size: int | None
+    dtype: Any
+    backend: Literal["auto", "reference", "cpu", "cuda"]
+
+
+class ValueAndGradient(NamedTuple):
+    """One value a row, and its gradient: of the logits' shape, or a pair of them."""
+
+    value: Any
+    gradient: Any
+
+
+def differentiable(name: str) -> tuple[Operation, tuple[float, ...]]:
+    """The operation and parameters of "kl", "renyi:2", "js" ...; ValueError for any other."""
+    family, *given = str(name).split(":")
+    operation = DIFFERENTIABLE.get(family)
+    if operation is None:
+        raise ValueError(f"{name!r} has no gradient here; accepted: {', '.join(DIFFERENTIABLE)}")
+    values = []
+    for position, parameter in enumerate(operation.parameters):
+        value = given[position] if position < len(given) else parameter.default
+        if value is None:
+            raise ValueError(f"{name!r} lacks {parameter.name}; accepted: '{family}:NUMBER'")
+        values.append(parameter.check(value))
+    if len(given) > len(values):
+        raise ValueError(f"{name!r}: {family!r} takes {len(values) or 'no'} parameter")
+    return operation, tuple(values)
+
+
+@documented(
+    GradientOptions,
+    returns="value, one a row as the function of the same name gives it, and gradient: an array "
+    "of the\nshape, dtype and library of the logits (a pair of them for wrt='both'). It is exactly "
+    "0 outside\nthe support, in rows that `where` drops and beyond vocab_size; NaN in rows that "
+    "hold NaN or +inf\nor only -inf; and 0 with respect to P where the value is infinite, which "
+    "has no derivative.",
+)
+def value_and_grad(
+    name: str,
+    p: Any,
+    q: Any = None,
+    *,
+    wrt: Literal["p", "q", "both"] | None = None,
+    grad_scale: Any = None,
+    out: Any = None,
+    **options: Unpack[GradientOptions],
+) -> ValueAndGradient:
+    """Value of each row, and its gradient with respect to the raw logits.
+
+    `name` is "kl", "reverse_kl", "jeffreys", "js" or "js:WEIGHT", "renyi:ORDER", "alpha:ORDER",
+    "tsallis:ORDER", "tv", "hellinger2", "chi2", "cross_entropy" or, of one batch, "entropy".
+    `wrt` says whose logits: "q" (the default of two batches), "p" or "both". `grad_scale`, a number
+    or one a row, multiplies the gradient and not the value, so that means, masks and the gradient
+    of what follows cost nothing; a scale of 0 gives exactly 0. `out` is memory for the gradient (a
+    pair for "both"), which may be the very logits it belongs to: no second array of their size is
+    needed then. The temperature is that of the loss: gradients are those of the raw logits.
+    """
+    operation, parameters = differentiable(name)
+    if (q is None) != (operation.arity == 1):
+        given = "None" if q is None else "an array"
+        raise TypeError(f"q is {given}, and {name!r} reads {operation.arity} batches of logits")
+    wrt = wrt or ("p" if q is None else "q")
+    accepted = ("p",) if q is None else ("q", "p", "both")
+    if wrt not in accepted:
+        raise ValueError(f"wrt is {wrt!r}; accepted: {', '.join(map(repr, accepted))}")
+    arrays = {"p": p} if q is None else {"p": p, "q": q}
+    batch = prepare(arrays, check_options("value_and_grad", options, GradientOptions))
+    dtype, _ = target_of(batch, batch.shape)
+    sides = ("p", "q") if wrt == "both" else (wrt,)
+    outs = out if wrt == "both" and out is not None else (out,) * len(sides)
+    targets = [_target(side, arrays, given, batch) for side, given in zip(sides, outs, strict=True)]
+    scale = _scale(grad_scale, batch)
+    if operation.logarithmic:
+        scale = scale / batch.settings.unit
+    values = batch.empty_values()
+    if not batch.idle:
+        into = {target.side: target.rows for target in targets}
+        batch.backend.gradient(
+            operation.name, batch.p, batch.q, parameters, batch.rows, values, scale,
+            into.get("p"), into.get("q"),
+        )  # fmt: skip
+    gradients = [target.result(batch) for target in targets]
+    value = finish(batch, values, operation.logarithmic, dtype)
+    return ValueAndGradient(value, gradients[0] if len(gradients) == 1 else tuple(gradients))
+
+
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """Where the gradient of one side goes."""
+
+    side: str
+    like: Any
+    view: View
+    stored: NDArray[Any] | None  # new memory; None where the user gave it
+    out: Any
+    rows: Rows
+
+    def result(self, batch: Batch) -> Any:
+        """The gradient as the user gets it, with zeros where nothing was computed."""
+        width = self.view.shape[batch.axis]
+        table = np.moveaxis(memory(self.view, writable=True), batch.axis, -1)
+        if width > batch.p.width:
+            table[..., batch.p.width :] = 0
+        if batch.keep is not None:
+            table[~batch.keep.reshape(batch.shape)] = 0
+        if self.stored is None:
+            return self.out
+        return wrap(self.stored, self.view.dtype, batch.place, self.like)
+
+
+def _target(side: str, arrays: Mapping[str, Any], out: Any, batch: Batch) -> _Target:
+    array = arrays[side]
+    source = view_of(array, batch.place, side)
+    axis = batch.axis
+    batch_shape = source.shape[:axis] + source.shape[axis:][1:]
+    if batch_shape != batch.shape:
+        raise ValueError(
+            f"{side} has shape {source.shape}, whose rows are repeated to {batch.shape}; accepted: "
+            "with respect to a batch of the full shape only (np.broadcast_to(...).copy())"
+        )
+    if out is None:
+        stored = np.empty(source.shape, STORAGE[source.dtype])
+        address = stored.__array_interface__["data"][0]
+        view = View(stored, address, source.dtype, stored.shape, stored.strides)
+    else:
+        stored, view = None, _checked_out(side, arrays, out, source, batch)
+    rows = rows_of(view, axis, batch.shape, batch.p.width, "logits", 1.0)
+    return _Target(side, array, view, stored, out, rows)
+
+
+def _checked_out(
+    side: str, arrays: Mapping[str, Any], out: Any, source: View, batch: Batch
+) -> View:
+    view = out_view(out, batch.place, source.shape)
+    for name, array in arrays.items():
+        given = view_of(array, batch.place, name)
+        itself = (view.address, view.strides, view.dtype) == (
+            given.address, given.strides, given.dtype,
+        )  # fmt: skip
+        if overlap(view, given) and not (itself and name == side):
+            raise ValueError(
+                f"out overlaps {name} without being it; accepted: memory of its own, or {side} "
+                "itself"
+            )
+    return view
+
+
+def _scale(grad_scale: Any, batch: Batch) -> NDArray[np.float64]:
+    """One factor a row: of the gradient, and of its unit."""
+    if grad_scale is None:
+        factors = np.ones(batch.p.count)
+    else:
+        given = host_array(grad_scale, "grad_scale", batch.place)
+        if given.dtype.kind not in "fiu" and str(given.dtype) != "bfloat16":
+            raise TypeError(f"grad_scale has dtype {given.dtype}; accepted: real numbers")
+        try:
+            factors = np.broadcast_to(given, batch.shape).astype(np.float64).reshape(-1)
+        except ValueError:
+            raise ValueError(
+                f"grad_scale has shape {given.shape}; accepted: {batch.shape}, one number a row, "
+                "or what broadcasts to it"
+            ) from None
+    return factors
