@@ -181,7 +181,10 @@ def _scale(grad_scale: Any, batch: Batch) -> NDArray[np.float64]:
     if grad_scale is None:
         factors = np.ones(batch.p.count)
     else:
-        given = host_array(grad_scale, "grad_scale", batch.place)
+        number = isinstance(grad_scale, float)  # host_array takes all others
+        given = (
+            np.array(grad_scale) if number else host_array(grad_scale, "grad_scale", batch.place)
+        )
         if given.dtype.kind not in "fiu" and str(given.dtype) != "bfloat16":
             raise TypeError(f"grad_scale has dtype {given.dtype}; accepted: real numbers")
         try:
