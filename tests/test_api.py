@@ -485,3 +485,22 @@ def test_the_short_way_gives_what_the_long_one_does(
         assert short.dtype == long.dtype
         np.testing.assert_array_equal(short, long)
     assert len(spy.calls) == 6
+
+
+def test_token_log_probs_with_entropy_are_both_functions() -> None:
+    rng = np.random.default_rng(0)
+    x = 3 * rng.normal(size=(5, 6, 2000)).astype(np.float32)
+    tokens = rng.integers(0, 2000, size=(5, 6))
+    where = rng.random((5, 6)) < 0.7
+    for backend in ("cpu", "reference"):
+        log_probs, entropies = klfast.token_log_probs(
+            x, tokens, return_entropy=True, where=where, backend=backend, base=2
+        )
+        np.testing.assert_array_equal(
+            log_probs, klfast.token_log_probs(x, tokens, where=where, backend=backend, base=2)
+        )
+        np.testing.assert_array_equal(
+            entropies, klfast.entropy(x, where=where, backend=backend, base=2)
+        )
+    with pytest.raises(TypeError, match="out is given with return_entropy"):
+        klfast.token_log_probs(x, tokens, return_entropy=True, out=np.empty((5, 6)))

@@ -300,15 +300,42 @@ def logsumexp(x: Any, **options: Unpack[Options]) -> Any:
     return _evaluate("logsumexp", {"x": x}, options)
 
 
-@documented(Options, "logits", operation="token_log_probs")
-def token_log_probs(logits: Any, tokens: Any, **options: Unpack[Options]) -> Any:
+@documented(
+    Options,
+    "logits",
+    operation="token_log_probs",
+    returns="One value a row, of the shape of the batch, as the same kind of array as the input; "
+    "with\nreturn_entropy a pair of them. A row that holds NaN or +inf, or only -inf, gives NaN and "
+    "leaves\nthe others alone.",
+)
+def token_log_probs(
+    logits: Any, tokens: Any, *, return_entropy: bool = False, **options: Unpack[Options]
+) -> Any:
     """Log-probability of one token a row, exact also where it is close to 0.
 
     `tokens` are integers from 0 to V - 1, of the shape of the batch or broadcasting to it: a list,
     a NumPy array, or of the library of the logits. Raises IndexError with the first position that
-    is out of range; rows that `where` drops may hold anything, such as -100.
+    is out of range; rows that `where` drops may hold anything, such as -100. `return_entropy` gives
+    (log-probabilities, entropies) from one read, as policy gradients with an entropy bonus need.
     """
-    return _evaluate("token_log_probs", {"logits": logits}, options, tokens=("tokens", tokens))
+    if not return_entropy:
+        arrays = {"logits": logits}
+        return _evaluate("token_log_probs", arrays, options, tokens=("tokens", tokens))
+    settings = check_options("token_log_probs", options, Options)
+    if settings.out is not None:
+        raise TypeError("out is given with return_entropy, which has two results; accepted: None")
+    batch = prepare({"logits": logits}, settings, ("tokens", tokens))
+    dtype, _ = target_of(batch, result_shape(batch))
+    names = ("token_log_probs", "entropy")
+    results = [batch.empty_values() for _ in names]
+    if not batch.idle:
+        # A comparison with itself: both come from the same statistics of each row.
+        metrics = [(name, ()) for name in names]
+        results = batch.backend.compare(metrics, batch.p, batch.p, batch.rows, batch.tokens)
+        if batch.keep is not None:
+            for values in results:
+                values[~batch.keep] = np.nan
+    return tuple(finish(batch, values, True, dtype) for values in results)
 
 
 @documented(
