@@ -23,7 +23,8 @@ FUNCTIONS = """\
 ## Functions
 
 Every one is `klfast.NAME`, and `klfast.reference.NAME` in float64 NumPy. `klfast.log_softmax(x)`
-belongs to them: it gives `x - LSE(x)`, one value an entry and not one a row.
+belongs to them: it gives `x - LSE(x)`, one value an entry and not one a row. The last column is the
+name that `klfast.value_and_grad` takes, which also knows `reverse_kl`.
 """
 
 METRICS = """\
@@ -44,8 +45,8 @@ def page() -> str:
         INTRODUCTION,
         FUNCTIONS,
         table(
-            ("function", "formula", "parameters", "P and Q exchanged"),
-            ((code(call(each)), code(each.formula), ranges(each), exchanged(each))
+            ("function", "formula", "parameters", "P and Q exchanged", "gradient"),
+            ((code(call(each)), code(each.formula), ranges(each), exchanged(each), gradient(each))
              for each in functions.values()),
         ),
         METRICS,
@@ -59,6 +60,11 @@ def page() -> str:
             ((code(function), each.source) for function, each in functions.items()),
         ),
     ])  # fmt: skip
+
+
+def gradient(operation: Operation) -> str:
+    """Return the name that `value_and_grad` takes, if there is a gradient."""
+    return code(name(operation)) if operation.differentiable else ""
 
 
 def call(operation: Operation) -> str:

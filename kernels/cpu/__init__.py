@@ -31,6 +31,17 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ..plans import (
+    COLUMNS,
+    EXAMPLE,
+    LOG_SOFTMAX,
+    Finish,
+    Plan,
+    Step,
+    exact_operation,
+    plan_of,
+    plans_of,
+)
 from . import native, threads
 from .native import kernel
 from .threads import get_num_threads, set_num_threads
@@ -61,10 +72,6 @@ AT_A_TIME = 1 << 16
 #: Bytes of both rows that ``compare`` keeps in cache while every metric reads them.
 CACHE_BLOCK = 1 << 21
 
-#: Orders and weights below this are 0: their products with anything are below every accuracy.
-TINY = 1e-300
-
-STATISTICS = 5
 _ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 _DTYPE_CODE = {"float16": 0, "bfloat16": 1, "float32": 2, "float64": 3}
 #: The parameters of each kernel, as native.kernel wants them.
@@ -94,104 +101,17 @@ class Rows(Protocol):
     temperature: float
 
 
-class Step(NamedTuple):
-    """One kernel run: which kernel, on which rows, with which parameter."""
-
-    module: str
-    operation: str
-    rows: str  # "pq", "qp", "p" or "q"
-    parameter: float = 0.0
-    limit: float = 0.0
+# --- formulas ----------------------------------------------------------------------------
 
 
-class Plan(NamedTuple):
-    """The steps of an operation, and how their values become the result."""
-
-    steps: tuple[Step, ...]
-    finish: Callable[..., Values]
-
-
-# --- plans -------------------------------------------------------------------------------
-
-
-def _same(values: Values) -> Values:
-    return values
-
-
-def _pair(module: str, operation: str, parameter: float = 0.0, rows: str = "pq") -> Plan:
-    return Plan((Step(module, operation, rows, parameter, 40.0),), _same)
-
-
-def _statistics_of(side: str) -> Step:
-    return Step("single_pass", "statistics", side)
-
-
-def _statistics(finish: Callable[..., Values], *rows: str) -> Plan:
-    return Plan(tuple(map(_statistics_of, rows)), finish)
-
-
-def _renyi_step(alpha: float, limit: float) -> tuple[Step, float]:
-    """The step for order alpha, and the factor that its value must be multiplied with.
-
-    Orders below 1/2 exchange the arguments: (1 - a) D_a(P, Q) = a D_(1-a)(Q, P).
-    """
-    if alpha == 1.0:
-        return Step("one_pass", "kl", "pq", 0.0, 40.0), 1.0
-    if alpha < TINY:
-        return Step("exact", "renyi_0", "pq"), 1.0
-    if alpha == math.inf:
-        return Step("exact", "renyi_inf", "pq"), 1.0
-    if alpha < 0.5:
-        return Step("one_pass", "renyi", "qp", -alpha, limit), alpha / (1.0 - alpha)
-    return Step("one_pass", "renyi", "pq", alpha - 1.0, limit), 1.0
-
-
-def _renyi(alpha: float) -> Plan:
-    step, factor = _renyi_step(alpha, 40.0)
-    return Plan((step,), lambda values: factor * values)
-
-
-def _power(alpha: float, scale: Callable[[float], float]) -> Plan:
-    """(S - 1)/(alpha - 1) scale(alpha), with log S = (alpha - 1) times the Rényi divergence."""
-    if alpha < TINY and scale(1.0) != scale(2.0):
-        return _pair("one_pass", "kl", rows="qp")  # the limit of the alpha-divergence
-    if alpha == math.inf:
-        return Plan(
-            (Step("exact", "renyi_inf", "pq"),),
-            lambda values: np.where(values > 0.0, math.inf, values),
-        )
-    # The relative error of S is the absolute error of its logarithm, which grows with the order
-    # and with the largest log-ratio.
-    step, factor = _renyi_step(alpha, 8.0)
-    if alpha > 5.0:
-        step = step._replace(module="exact")
-    if alpha == 1.0:
-        return Plan((step,), _same)
-
-    def finish(values: Values) -> Values:
-        with np.errstate(over="ignore", invalid="ignore"):
-            log_s = (alpha - 1.0) * factor * values
-            # expm1(z)/z is 1 where z vanishes; far from 1 the sum S itself is used.
-            ratio = np.where(
-                log_s == 0.0, 1.0, np.expm1(log_s) / np.where(log_s == 0.0, 1.0, log_s)
-            )
-            near = ratio * (factor * scale(alpha)) * values
-            far = np.expm1(log_s) * (scale(alpha) / (alpha - 1.0))
-            return np.where(np.abs(log_s) < 1.0, near, far)
-
-    return Plan((step,), finish)
-
-
-_JS_STEP = Step("two_phase", "js", "pq")
-
-
-def _js(weight: float) -> Plan:
-    if weight == 0.5:
-        return Plan((_JS_STEP,), _same)
-    if weight < TINY or weight == 1.0:
-        # 0, but still NaN for rows that are no distribution.
-        return Plan((Step("two_phase", "tv", "pq"),), lambda values: 0.0 * values)
-    return Plan((Step("exact", "js", "pq", weight),), _same)
+def _power(values: Values, beta: float, factor: float, scale: float) -> Values:
+    with np.errstate(over="ignore", invalid="ignore"):
+        log_s = beta * factor * values
+        # expm1(z)/z is 1 where z vanishes; far from 1 the sum S itself is used.
+        ratio = np.where(log_s == 0.0, 1.0, np.expm1(log_s) / np.where(log_s == 0.0, 1.0, log_s))
+        near = ratio * (factor * scale) * values
+        far = np.expm1(log_s) * (scale / beta)
+        return np.where(np.abs(log_s) < 1.0, near, far)
 
 
 def _entropy(s: Values) -> Values:
@@ -207,70 +127,27 @@ def _same_top(p: Values, q: Values) -> Values:
     return np.where(undefined, np.nan, np.where(p[:, 3] == q[:, 3], 1.0, 0.0))
 
 
-@functools.cache
-def _plan(name: str, parameters: tuple[float, ...]) -> Plan:
-    """How an operation of the table is computed here."""
-    if not parameters:
-        return _PLANS[name]
-    (parameter,) = parameters
-    if name == "js":
-        return _js(parameter)
-    if name == "renyi":
-        return _renyi(parameter)
-    if name == "alpha":
-        return _power(parameter, scale=lambda alpha: 1.0 / alpha)
-    if name == "tsallis":
-        return _power(parameter, scale=lambda alpha: 1.0)
-    if name == "topk_overlap":
-        return _pair("top_k", "overlap", parameter)
-    assert name == "renyi_entropy"
-    if parameter == 1.0:
-        return _statistics(_entropy, "p")
-    return _pair("exact", "renyi_entropy", parameter, rows="p")
-
-
-def _top(side: str) -> Step:
-    return Step("single_pass", "top", side)
-
-
-_PLANS = {
-    "kl": _pair("one_pass", "kl"),
-    "reverse_kl": _pair("one_pass", "kl", rows="qp"),
-    "cross_entropy": _pair("one_pass", "cross_entropy"),
-    "tv": _pair("two_phase", "tv"),
-    "hellinger2": _pair("two_phase", "hellinger2"),
-    "jeffreys": _pair("two_phase", "jeffreys"),
-    "chi2": _power(2.0, scale=lambda alpha: 1.0),
-    "entropy": _statistics(_entropy, "p"),
-    "entropy_p": _statistics(_entropy, "p"),
-    "entropy_q": _statistics(_entropy, "q"),
-    "logsumexp": _statistics(lambda s: s[:, 0] + np.log1p(s[:, 1]), "p"),
-    "top_p": _statistics(lambda s: 1.0 / (1.0 + s[:, 1]) + 0.0 * s[:, 0], "p"),
-    "token_log_probs": _statistics(_token_log_prob, "p"),
-    "nll_p": _statistics(lambda s: 0.0 - _token_log_prob(s), "p"),
-    "nll_q": _statistics(lambda s: 0.0 - _token_log_prob(s), "q"),
-    "same_top": Plan((_top("p"), _top("q")), _same_top),
-    "delta_prob": _statistics(
-        lambda p, q: np.exp(_token_log_prob(q)) - np.exp(_token_log_prob(p)), "p", "q"
-    ),
+_FORMULAS: dict[Finish, Callable[..., Values]] = {
+    Finish.SAME: lambda values: values,
+    Finish.SCALED: lambda values, factor: factor * values,
+    Finish.POWER: _power,
+    Finish.INFINITE_POWER: lambda values: np.where(values > 0.0, math.inf, values),
+    Finish.ZERO: lambda values: 0.0 * values,
+    Finish.ENTROPY: _entropy,
+    Finish.LOGSUMEXP: lambda s: s[:, 0] + np.log1p(s[:, 1]),
+    Finish.TOP_P: lambda s: 1.0 / (1.0 + s[:, 1]) + 0.0 * s[:, 0],
+    Finish.TOKEN: _token_log_prob,
+    Finish.NLL: lambda s: 0.0 - _token_log_prob(s),
+    Finish.SAME_TOP: _same_top,
+    Finish.DELTA_PROB: lambda p, q: np.exp(_token_log_prob(q)) - np.exp(_token_log_prob(p)),
 }
 
 
-_BOTH_KL = Step("one_pass", "kl_both", "pq", 0.0, 40.0)
-
-
-def _plans(metrics: Sequence[tuple[str, tuple[float, ...]]]) -> list[Plan]:
-    """Plans of several operations, with steps that serve two of them at once where there are."""
-    plans = [_plan(name, parameters) for name, parameters in metrics]
-    if _PLANS["kl"] in plans and _PLANS["reverse_kl"] in plans:
-        both = {
-            _PLANS["kl"]: Plan((_BOTH_KL,), lambda values: values[:, 0]),
-            _PLANS["reverse_kl"]: Plan((_BOTH_KL,), lambda values: values[:, 1]),
-        }
-        plans = [both.get(plan, plan) for plan in plans]
-    steps = {step for plan in plans for step in plan.steps}
-    known = {_top(side): step for side in "pq" if (step := _statistics_of(side)) in steps}
-    return [Plan(tuple(known.get(s, s) for s in plan.steps), plan.finish) for plan in plans]
+def _finish(plan: Plan, values: Sequence[Values]) -> Values:
+    """The result of the values of the steps."""
+    if plan.finish is Finish.SAME and values[0].ndim == 2:
+        return values[0][:, plan.column]
+    return _FORMULAS[plan.finish](*values, *plan.numbers)
 
 
 # --- kernel runs -------------------------------------------------------------------------
@@ -323,11 +200,13 @@ def _step(
     out: NDArray[Any] | Rows,
     tokens: Numbers | None,
     alone: bool = False,
+    exactly: bool = False,
 ) -> None:
-    """Run one kernel, and ``exact`` on the rows that it did not finish.
+    """Run one kernel, and on the rows that it did not finish more careful ones.
 
-    ``out`` is an array of values, or for log_softmax the rows to write.  ``alone`` keeps the
-    work in this thread, and rows uncut.
+    First the same ``exactly``, where that is another one, then ``exact``.  ``out`` is an array of
+    values, or for log_softmax the rows to write.  ``alone`` keeps the work in this thread, and
+    rows uncut.
     """
     if step.rows[0] == "q":
         assert q is not None
@@ -364,7 +243,7 @@ def _step(
             results = (0, *_place(written))
         runs = [(*_place(p), *share, states, done, redo, _address(tokens), *results, inverse)]
     else:
-        function = _kernel(step.module, step.operation, p.dtype, q.dtype)
+        function = _kernel(step.module, step.operation, p.dtype, q.dtype, exactly)
         assert isinstance(out, np.ndarray)
         lead = (*_place(p), *_place(q), *share)
         results = (states, done, redo, _address(out), inverse)
@@ -378,7 +257,10 @@ def _step(
     unfinished = int(space[1])
     if unfinished:
         again = np.sort(space[2 : 2 + unfinished])
-        _step_exact(step, p, q, again, out, tokens, alone)
+        if q is None or exactly:
+            _step_exact(step, p, q, again, out, tokens, alone)
+        else:
+            _step(step._replace(rows="pq"), p, q, again, out, tokens, alone, exactly=True)
 
 
 def _step_exact(
@@ -391,7 +273,7 @@ def _step_exact(
     alone: bool = False,
 ) -> None:
     """Run a step in float64, whatever the input; or the top_k kernel, which reads alike."""
-    if step == _BOTH_KL:
+    if step.operation == "kl_both":
         assert q is not None
         assert isinstance(out, np.ndarray)
         for column, pair in enumerate(((p, q), (q, p))):
@@ -401,10 +283,7 @@ def _step_exact(
             out[keep, column] = values[keep]
         return
     module = "top_k" if step.module == "top_k" else "exact"
-    (operation,) = _EXACT.get(step.operation, (step.operation,))
-    function = _kernel(module, operation)
-    # The JS kernel of float32 has its weight built in.
-    parameter = 0.5 if step == _JS_STEP else step.parameter
+    function = _kernel(module, exact_operation(step))
     if isinstance(out, np.ndarray):
         other, result = (p if q is None else q), _address(out)
     else:  # log_softmax writes where a pair has its second row
@@ -418,30 +297,24 @@ def _step_exact(
     )  # fmt: skip
     probabilities = int(p.input == "probs")
     if module == "top_k":
-        lists = np.empty(4 * int(parameter) * n, np.int64)
+        lists = np.empty(4 * int(step.parameter) * n, np.int64)
         arguments: tuple[Any, ...] = (
-            *common, _address(lists), probabilities, result, int(parameter),
+            *common, _address(lists), probabilities, result, int(step.parameter),
         )  # fmt: skip
     else:
         inverses = (1.0 / p.temperature, 1.0 / other.temperature)
-        tail = (1, probabilities, _address(tokens), result, *inverses, parameter)
+        tail = (1, probabilities, _address(tokens), result, *inverses, step.parameter)
         arguments = (*common, *tail)
     _launch(function, arguments, n * p.width * 4, alone)
 
 
 @functools.cache
-def _kernel(module: str, *arguments: str) -> Callable[..., None]:
+def _kernel(module: str, *arguments: str | bool) -> Callable[..., None]:
     return kernel(module, arguments, _SIGNATURE[module])
 
 
-#: What ``exact`` runs for an operation that it does not know by that name.
-_EXACT = {"top": ("statistics",), "kl_both": ("kl",)}
-#: Values that a step writes for each row, where it is more than one.
-_COLUMNS = {"statistics": STATISTICS, "top": STATISTICS, "kl_both": 2}
-
-
 def _empty(step: Step, count: int) -> Values:
-    columns = _COLUMNS.get(step.operation)
+    columns = COLUMNS.get(step.operation)
     return np.empty((count, columns) if columns else count)
 
 
@@ -458,8 +331,8 @@ def run(
     tokens: Numbers | None = None,
 ) -> None:
     """Write one value a row, in float64 and nats, for the row numbers in ``rows`` (None: all)."""
-    plan = _plan(name, parameters)
-    if plan.finish is _same:
+    plan = plan_of(name, parameters)
+    if plan.finish is Finish.SAME:
         _step(plan.steps[0], p, q, rows, out, tokens)
         return
     values = []
@@ -467,7 +340,7 @@ def run(
         space = _empty(step, p.count)
         _step(step, p, q, rows, space, tokens)
         values.append(space if rows is None else space[rows])
-    out[slice(None) if rows is None else rows] = plan.finish(*values)
+    out[slice(None) if rows is None else rows] = _finish(plan, values)
 
 
 def compare(
@@ -482,7 +355,7 @@ def compare(
     Each thread takes a few rows at a time and runs every step on them while they are in its
     cache.  Values of rows that are not in ``rows`` are undefined.
     """
-    plans = _plans(metrics)
+    plans = plans_of(metrics)
     steps = list(dict.fromkeys(step for plan in plans for step in plan.steps))
     spaces = {step: _empty(step, p.count) for step in steps}
     numbers = np.arange(p.count) if rows is None else rows
@@ -507,14 +380,14 @@ def compare(
     results = []
     for plan in plans:
         out = np.empty(p.count)
-        out[keep] = plan.finish(*(spaces[step][keep] for step in plan.steps))
+        out[keep] = _finish(plan, [spaces[step][keep] for step in plan.steps])
         results.append(out)
     return results
 
 
 def log_softmax(x: Rows, rows: Numbers | None, out: Rows) -> None:
     """Write x - logsumexp(x) of every entry, in the dtype of ``out``."""
-    _step(Step("single_pass", "log_softmax", "p"), x, None, rows, out, None)
+    _step(LOG_SOFTMAX, x, None, rows, out, None)
 
 
 class Tilt(NamedTuple):
@@ -596,7 +469,7 @@ def gradient(
         )
     )
     numbers = np.arange(p.count) if rows is None else rows
-    plan = _plan(name, parameters)
+    plan = plan_of(name, parameters)
     left: list[Numbers] = []
 
     def some(block: Numbers) -> None:
@@ -605,13 +478,11 @@ def gradient(
             return
         values = []
         for step in plan.steps:
-            space = (
-                _empty(step, p.count) if len(plan.steps) > 1 or plan.finish is not _same else out
-            )
+            space = out if plan.finish is Finish.SAME else _empty(step, p.count)
             _step(step, p, q, block, space, None, alone=True)
             values.append(space if space is out else space[block])
         if values[0] is not out:
-            out[block] = plan.finish(*values)
+            out[block] = _finish(plan, values)
         with np.errstate(all="ignore"):
             value, factor_p, factor_q = tilt.known(out[block])
         known = np.empty(p.count)
@@ -658,11 +529,11 @@ def gradient(
 def explain(name: str, p: Rows, q: Rows | None) -> dict[str, object]:
     """What ``run`` would do with these arrays."""
     if name == "log_softmax":
-        steps: tuple[Step, ...] = (Step("single_pass", "log_softmax", "p"),)
+        steps: tuple[Step, ...] = (LOG_SOFTMAX,)
     else:
         operation = name.partition(":")
-        parameters = (float(operation[2]),) if operation[2] else _EXAMPLE.get(name, ())
-        steps = _plan(operation[0], parameters).steps
+        parameters = (float(operation[2]),) if operation[2] else EXAMPLE.get(name, ())
+        steps = plan_of(operation[0], parameters).steps
     entries = p.count * p.width * (1 if q is None else 2)
     workers = get_num_threads()
     if entries < 2 * WORTH_A_THREAD:
@@ -684,12 +555,6 @@ def explain(name: str, p: Rows, q: Rows | None) -> dict[str, object]:
     return {"steps": described, "threads": min(workers, max(1, entries // WORTH_A_THREAD))}
 
 
-#: A parameter to explain or compile an operation with, where none is given: kernels take it at
-#: run time.
-_EXAMPLE = {
-    "js": (0.5,), "renyi": (2.0,), "alpha": (1.5,), "tsallis": (1.5,),
-    "renyi_entropy": (2.0,), "topk_overlap": (1.0,),
-}  # fmt: skip
 #: Times that a row is read: from main memory once, then from cache.
 _PASSES = {"one_pass": 1, "single_pass": 1, "two_phase": 2, "exact": 3, "top_k": 1}
 
@@ -714,18 +579,19 @@ def available() -> str | None:
 
 def warmup(names: Sequence[str], dtypes: Sequence[str]) -> None:
     """Compile, or load from the cache, the kernels of these operations."""
-    metrics = [(name, _EXAMPLE.get(name, ())) for name in names]
+    metrics = [(name, EXAMPLE.get(name, ())) for name in names]
     # Alone, and together in ``compare``.
-    for plan in (*(_plan(*metric) for metric in metrics), *_plans(metrics)):
+    for plan in (*(plan_of(*metric) for metric in metrics), *plans_of(metrics)):
         for step in plan.steps:
             module = "top_k" if step.module == "top_k" else "exact"
-            for operation in _EXACT.get(step.operation, (step.operation,)):
-                _kernel(module, operation)
+            _kernel(module, exact_operation(step))
             if step.module in ("exact", "top_k"):
                 continue
             for types in itertools.product(dtypes, repeat=len(step.rows)):
                 if "float64" not in types:
-                    _kernel(step.module, step.operation, *types)
+                    pair = len(types) == 2
+                    for last in ((False,), (True,)) if pair else ((),):
+                        _kernel(step.module, step.operation, *types, *last)
 
 
 def info() -> dict[str, object]:

@@ -26,7 +26,7 @@ from __future__ import annotations
 import math
 
 from .mathematics import LN_2, LOG2_E, exp2_32, inline, log_32, one_minus_exp2_32
-from .normalization import FAR, normalization
+from .normalization import FAR, larger_power, normalization, subtraction
 from .rowloop import BLOCK, f32, f64, row_address, task_row
 from .simd import (
     ITEMSIZE,
@@ -44,7 +44,6 @@ from .simd import (
     splat64,
     storer,
     tail_loader,
-    unordered,
     vabs,
     vmax,
     vmin,
@@ -116,7 +115,8 @@ def build(operation, sides, dtype_p, dtype_q, dtype_into_p, dtype_into_q):
     size_out_p, size_out_q = ITEMSIZE[dtype_into_p], ITEMSIZE[dtype_into_q]
     store_p, store_tail_p = storer(dtype_into_p)
     store_q, store_tail_q = storer(dtype_into_q)
-    first, normalizers = normalization(dtype_p, dtype_q)
+    difference = subtraction(True)
+    first, _, normalizers = normalization(dtype_p, dtype_q, difference, larger_power(False))
     bracket_p, entry_p = formulas(operation, "p")
     bracket_q, entry_q = formulas(operation, "q")
     to_p, to_q = "p" in sides, "q" in sides
@@ -128,10 +128,7 @@ def build(operation, sides, dtype_p, dtype_q, dtype_into_p, dtype_into_q):
         kx0, kx1, ky0, ky1, c0, c1 = constants
         u = fma(p, a, kx0) + kx1
         v = fma(q, a, ky0) + ky1
-        d = q - p
-        back = d - q
-        lost = (q - (d - back)) - (p + back)
-        lost = where(unordered(lost, lost), 0.0, lost)
+        d, lost = difference(p, q)
         t = fma(d, a, c0) + fma(lost, a, c1)
         t = vmin(vmax(t, -1e30), 1e30)  # a NaN from -inf - -inf becomes a number; there M is 0
         m = exp2_32(vmax(u, v))

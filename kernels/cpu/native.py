@@ -172,7 +172,7 @@ def _write(path: Path, symbol: str, code: bytes) -> None:
                 other.unlink()
 
 
-def _compile(module: str, arguments: tuple[str, ...], signature: str) -> tuple[str, bytes]:
+def _compile(module: str, arguments: tuple[str | bool, ...], signature: str) -> tuple[str, bytes]:
     """Let Numba compile ``module.build(*arguments)``; returns its symbol and object code."""
     from numba import types
 
@@ -206,7 +206,7 @@ def _link(symbol: str, code: bytes, signature: str) -> Callable[..., None]:
 
 
 @functools.cache
-def _kernel(module: str, arguments: tuple[str, ...], signature: str) -> Callable[..., None]:
+def _kernel(module: str, arguments: tuple[str | bool, ...], signature: str) -> Callable[..., None]:
     path = _path(repr((module, arguments, signature)))
     found = _read(path) if path else None
     if found is None:
@@ -217,7 +217,7 @@ def _kernel(module: str, arguments: tuple[str, ...], signature: str) -> Callable
     return _link(*found, signature)
 
 
-def kernel(module: str, arguments: tuple[str, ...], signature: str) -> Callable[..., None]:
+def kernel(module: str, arguments: tuple[str | bool, ...], signature: str) -> Callable[..., None]:
     """The compiled ``build(*arguments)`` of a kernel module.
 
     ``signature`` has one letter for each parameter: q is int64 (numbers and addresses), d is

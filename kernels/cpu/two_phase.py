@@ -4,22 +4,8 @@ All are sums of M k(tau) with M = max(p, q), tau = abs(log(p/q)), so they need t
 normalizers first.  The first phase reads the row pair from memory and finds them; the
 second reads the pair again, from cache, and sums.
 
-Swapping the arguments must not change a bit.  So every quantity is either symmetric or
-changes its sign only, operation by operation.  Exponents are kept in base 2: with a =
-log2(e)/T, u = a x + rx and v = a y + ry for references rx, ry (about minus the maxima),
-t = v - u = a (y - x) + (ry - rx), h = 1 - 2**-abs(t) and M = 2**max(u, v), the first phase
-sums
-
-    S = sum (2**u + 2**v) = 2 sum M - sum M h,   D = sum (2**v - 2**u) = sum sign(t) M h,
-
-so that the normalizers' ratio comes from D, whose terms vanish where the rows agree, and not
-from the difference of two large sums: with Sx = (S - D)/2 and Sy = (S + D)/2,
-
-    log2(p/q) = -(t + C - (ry - rx)),   C = ry - rx + log2(Sx/Sy).
-
-References are multiples of 1/16, hence ry - rx is exact.  Moving them by f = 2**hx, g =
-2**hy changes (S, D) into ((f+g) S + (g-f) D, (f+g) D + (g-f) S)/2, where g - f is taken as
-an odd function of hy - hx.  The sum H of M h bounds the rounding error of D.
+Swapping the arguments must not change a bit.  So every quantity is either symmetric or changes
+its sign only, operation by operation; the first phase is that of ``normalization``.
 
 Entries that are -inf in both rows have M = 0 and contribute nothing.
 """
@@ -29,15 +15,14 @@ from __future__ import annotations
 import math
 
 from .mathematics import LN_2, LOG2_E, exp2_32, inline, one_minus_exp2_32
+from .normalization import FAR, larger_power, normalization, rounding, subtraction
 from .rowloop import (
     BLOCK,
     TILE,
     UNDERFLOW,
-    ahead,
     comparison,
     f32,
     f64,
-    passes,
     row_address,
     task_row,
 )
@@ -51,7 +36,6 @@ from .simd import (
     fold64,
     hany,
     hsum,
-    lane_is,
     loader,
     peek_f64,
     poke_f64,
@@ -60,7 +44,6 @@ from .simd import (
     splat32,
     splat64,
     tail_loader,
-    unordered,
     vabs,
     vmax,
     vmin,
@@ -68,9 +51,6 @@ from .simd import (
 )
 
 STATE = 6
-
-#: The largest tau, in base 2, that is told apart: 2**-126 is the smallest normal number.
-FAR = 126.0
 
 # Whole row, or only one phase of a part of it.
 BOTH, FIRST, SECOND = 0, 1, 2
@@ -130,113 +110,32 @@ CEILING = {"js": LN_2, "tv": 1.0, "hellinger2": 1.0}
 INTEGRANDS = {"js": k_js, "tv": k_tv, "hellinger2": k_hellinger2, "jeffreys": k_jeffreys}
 
 
-def build(operation, dtype_p, dtype_q):
+def build(operation, dtype_p, dtype_q, exactly):
+    """``exactly`` carries along what the subtraction y - x rounds off."""
     k = INTEGRANDS[operation]
     ceiling = CEILING.get(operation, math.inf)
     unbounded = operation == "jeffreys"
     first_order = operation == "tv"
     load_p, load_q = loader(dtype_p, f32v), loader(dtype_q, f32v)
     tail_p, tail_q = tail_loader(dtype_p, f32v), tail_loader(dtype_q, f32v)
-    ahead_p, ahead_q = ahead(dtype_p), ahead(dtype_q)
-    max_p, _ = passes(dtype_p)
-    max_q, _ = passes(dtype_q)
+    difference, larger = subtraction(exactly), larger_power(exactly)
+    first, merge, normalizers = normalization(dtype_p, dtype_q, difference, larger)
+    rounded = rounding(dtype_p, dtype_q, exactly)
     size_p, size_q = ITEMSIZE[dtype_p], ITEMSIZE[dtype_q]
     differ = comparison(dtype_p, dtype_q)
 
     @inline
-    def moved(state, rx, ry):
-        """The same sums relative to other references."""
-        rx0, ry0, S, D, H = state
-        hx = rx - rx0
-        hy = ry - ry0
-        both = 0.5 * (math.exp2(hx) + math.exp2(hy))
-        odd = math.exp2(0.5 * (hx + hy)) * math.sinh((hy - hx) * (0.5 * LN_2))
-        return rx, ry, both * S + odd * D, both * D + odd * S, both * H + abs(odd) * S
+    def measured(m, t):
+        return m * k(vmin(vabs(t), FAR))
 
     @inline
-    def merge(a, b):
-        rx = min(a[0], b[0])
-        ry = min(a[1], b[1])
-        a = moved(a, rx, ry)
-        b = moved(b, rx, ry)
-        return rx, ry, a[2] + b[2], a[3] + b[3], a[4] + b[4]
+    def changed(m, t):
+        """q - p."""
+        return copysign(m * one_minus_exp2_32(vmin(vabs(t), FAR)), t)
 
     @inline
-    def step(p, q, a, rx, ry, c, S, D, H, bad):
-        u = fma(p, a, rx)
-        v = fma(q, a, ry)
-        t = fma(q - p, a, c)
-        h = one_minus_exp2_32(vmin(vabs(t), FAR))  # a NaN from -inf - -inf becomes FAR
-        m = exp2_32(vmax(u, v))
-        bad = bad | unordered(p, q)
-        mh = m * h
-        return S + m, D + copysign(mh, t), H + mh, bad
-
-    @inline
-    def sums(x, y, start, stop, a, rx, ry, c):
-        """(sum M, D, H, any NaN) of [start, stop)."""
-        zero = splat32(0.0)
-        S = splat64(0.0)
-        D = S
-        H = S
-        bad = lane_is(zero, -1)
-        full = start + (stop - start) // LANES32 * LANES32
-        j = start
-        while j < stop:
-            last = min(full, j + BLOCK)
-            s = zero
-            d = zero
-            h = zero
-            while j < last:
-                ahead_p(x, j)
-                ahead_q(y, j)
-                s, d, h, bad = step(
-                    load_p(x + j * size_p), load_q(y + j * size_q), a, rx, ry, c, s, d, h, bad
-                )
-                j += LANES32
-            if full == j < stop:
-                p = tail_p(x + j * size_p, stop - j)
-                q = tail_q(y + j * size_q, stop - j)
-                s, d, h, bad = step(p, q, a, rx, ry, c, s, d, h, bad)
-                j += LANES32
-            S = S + fold64(s)
-            D = D + fold64(d)
-            H = H + fold64(h)
-        return hsum(S), hsum(D), hsum(H), hany(bad)
-
-    @inline
-    def first(x, y, start, stop, a):
-        """The sums of [start, stop) and their references; S is NaN where they cannot be had."""
-        state = (0.0, 0.0, 0.0, 0.0, 0.0)
-        j = start
-        while j < stop:
-            tile_stop = min(j + TILE, stop)
-            rx = -16.0 * a * f64(max_p(x, j, tile_stop))
-            ry = -16.0 * a * f64(max_q(y, j, tile_stop))
-            # Beyond 2**19 the references are no longer exact in float32 (or not finite).
-            if not (abs(rx) < 8388608.0 and abs(ry) < 8388608.0):
-                if j > start and rx > 0.0 and ry > 0.0:  # -inf all over: nothing to add
-                    rx = math.inf
-                    ry = math.inf
-                else:
-                    return 0.0, 0.0, math.nan, 0.0, 0.0
-            rx = math.floor(rx) / 16.0
-            ry = math.floor(ry) / 16.0
-            if j == start:
-                state = (rx, ry, 0.0, 0.0, 0.0)
-            elif rx < state[0] or ry < state[1]:
-                state = moved(state, min(rx, state[0]), min(ry, state[1]))
-            rx, ry, S, D, H = state
-            s, d, h, bad = sums(x, y, j, tile_stop, f32(a), f32(rx), f32(ry), f32(ry - rx))
-            if bad:
-                return rx, ry, math.nan, D, H
-            state = (rx, ry, S + (2.0 * s - h), D + d, H + h)
-            j = tile_stop
-        return state
-
-    @inline
-    def second(x, y, start, stop, a, constants):
-        """Sum of M k(tau) over [start, stop)."""
+    def second(term, x, y, start, stop, a, constants):
+        """Sum of the terms over [start, stop)."""
         # Normalized exponents u - log2(Sx), v - log2(Sy) and their difference, each with
         # the part of its constant that float32 cannot hold.
         kx, ky, c = constants
@@ -265,11 +164,12 @@ def build(operation, dtype_p, dtype_q):
                 else:
                     p = tail_p(x + j * size_p, block_stop - j)
                     q = tail_q(y + j * size_q, block_stop - j)
-                m = exp2_32(vmax(fma(p, a32, kx0) + kx1, fma(q, a32, ky0) + ky1))
-                tau = vabs(fma(q - p, a32, c0) + c1)
+                m = larger(p, kx0, kx1, q, ky0, ky1, a32)
+                d, lost = difference(p, q)
+                t = fma(d, a32, c0) + fma(lost, a32, c1)
                 if unbounded:
-                    high = vmax(tau, high)
-                T = fma(m, k(vmin(tau, FAR)), T)
+                    high = vmax(vabs(t), high)
+                T = T + term(m, t)
                 j += LANES32
             total = total + fold64(T)
             block_stop = block_start
@@ -278,19 +178,7 @@ def build(operation, dtype_p, dtype_q):
         return hsum(total)
 
     @inline
-    def normalizers(state):
-        rx, ry, S, D, H = state
-        sx = 0.5 * (S - D)
-        sy = 0.5 * (S + D)
-        # Odd in D, so that swapped arguments give the same bits.
-        if abs(D) < 0.5 * S:
-            ratio = -2.0 * math.atanh(D / S) / LN_2
-        else:
-            ratio = math.log2(sx) - math.log2(sy)
-        return rx - math.log2(sx), ry - math.log2(sy), (ry - rx) + ratio
-
-    @inline
-    def finish(total, S, D, H, c):
+    def finish(total, S, D, H, c, corrected):
         """The divergence, or NaN where rounding errors of the first phase would show.
 
         An error in the normalizers' ratio enters total variation as it is, the others as
@@ -302,10 +190,12 @@ def build(operation, dtype_p, dtype_q):
         share = 2.0 * H / S
         if abs(D) > 0.75 * S or share > 8.0:
             return math.nan
+        if corrected:
+            return min(total, ceiling)
         if first_order:
-            if share > 12.0 * total or c * c > 100.0 * total * total * S:
+            if share > 12.0 * total or rounded(c) * c * c > 100.0 * total * total * S:
                 return math.nan
-        elif share * share > 1e6 * total or c * c > 100.0 * total * S:
+        elif share * share > 1e6 * total or rounded(c) * c * c > 100.0 * total * S:
             return math.nan
         return min(total, ceiling)
 
@@ -343,7 +233,13 @@ def build(operation, dtype_p, dtype_q):
                 S = state[2]
                 if S < math.inf:
                     constants = normalizers(state)
-                    value = second(x, y, start, stop, a, constants)
+                    corrected = first_order and exactly and parts == 1
+                    if corrected:
+                        # What c is off shows in the sum of q - p, which is 0.
+                        kx, ky, c = constants
+                        c -= LOG2_E * second(changed, x, y, start, stop, a, constants)
+                        constants = (kx, ky, c)
+                    value = second(measured, x, y, start, stop, a, constants)
                     if parts > 1:
                         poke_f64(at + 40, value)
                         if fetch_add(done + 8 * number, 1) + 1 < parts:
@@ -351,7 +247,7 @@ def build(operation, dtype_p, dtype_q):
                         value = 0.0
                         for i in range(parts):
                             value += peek_f64(row_at + i * (8 * STATE) + 40)
-                    value = finish(value, S, state[3], state[4], state[1] - state[0])
+                    value = finish(value, S, state[3], state[4], state[1] - state[0], corrected)
                 elif parts > 1 and fetch_add(done + 8 * number, 1) + 1 < parts:
                     continue
                 if value < UNDERFLOW and differ(x, y, width):
