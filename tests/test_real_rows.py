@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from klfast.kernels import cpu
 from numpy.typing import NDArray
 
 import klfast
 from klfast import reference
-from klfast.kernels import cpu
 
 ROWS, WIDTH = 128, 4096
 

@@ -76,11 +76,11 @@ _ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 _DTYPE_CODE = {"float16": 0, "bfloat16": 1, "float32": 2, "float64": 3}
 #: The parameters of each kernel, as native.kernel wants them.
 _SIGNATURE = {
-    "one_pass": "q" * 17 + "d" * 3,
+    "one_pass": "q" * 18 + "d" * 3,
     "two_phase": "q" * 18 + "d",
     "single_pass": "q" * 18 + "d",
     "exact": "q" * 18 + "d" * 3,
-    "gradients": "q" * 20 + "d" * 3,
+    "gradients": "q" * 21 + "d" * 3,
     "top_k": "q" * 18,
     "read": "q" * 5,
 }
@@ -201,6 +201,7 @@ def _step(
     tokens: Numbers | None,
     alone: bool = False,
     exactly: bool = False,
+    known: Values | None = None,
 ) -> None:
     """Run one kernel, and on the rows that it did not finish more careful ones.
 
@@ -248,7 +249,7 @@ def _step(
         lead = (*_place(p), *_place(q), *share)
         results = (states, done, redo, _address(out), inverse)
         if step.module == "one_pass":
-            runs = [(*lead, *results, step.parameter, step.limit)]
+            runs = [(*lead, *results[:-1], _address(known), inverse, step.parameter, step.limit)]
         else:
             runs = [(*lead, phase, *results) for phase in ((0,) if parts == 1 else (1, 2))]
     for arguments in runs:
@@ -260,7 +261,7 @@ def _step(
         if q is None or exactly:
             _step_exact(step, p, q, again, out, tokens, alone)
         else:
-            _step(step._replace(rows="pq"), p, q, again, out, tokens, alone, exactly=True)
+            _step(step._replace(rows="pq"), p, q, again, out, tokens, alone, True, known)
 
 
 def _step_exact(
@@ -471,6 +472,12 @@ def gradient(
     numbers = np.arange(p.count) if rows is None else rows
     plan = plan_of(name, parameters)
     left: list[Numbers] = []
+    # What the kernels leave of each row for its gradient: the constants of log2 p, log2 q and
+    # log2(q/p), NaN where they do not; a value; and the factors of both sides.
+    constants = np.full((p.count, 3), np.nan)
+    known = np.empty(p.count)
+    scales = np.empty((p.count, 2))
+    step_swapped = plan.steps[0].rows == "qp"
 
     def some(block: Numbers) -> None:
         if tilt is None or not fast:
@@ -479,21 +486,21 @@ def gradient(
         values = []
         for step in plan.steps:
             space = out if plan.finish is Finish.SAME else _empty(step, p.count)
-            _step(step, p, q, block, space, None, alone=True)
+            _step(step, p, q, block, space, None, alone=True, known=constants)
             values.append(space if space is out else space[block])
         if values[0] is not out:
             out[block] = _finish(plan, values)
         with np.errstate(all="ignore"):
             value, factor_p, factor_q = tilt.known(out[block])
-        known = np.empty(p.count)
         known[block] = value
-        scales = np.empty((p.count, 2))
-        scales[block, 0] = np.where(scale[block] == 0.0, 0.0, scale[block] * factor_p)
-        scales[block, 1] = np.where(scale[block] == 0.0, 0.0, scale[block] * factor_q)
+        order = (1, 0) if tilt.swapped else (0, 1)
+        for column, factor in zip(order, (factor_p, factor_q), strict=True):
+            scales[block, column] = np.where(scale[block] == 0.0, 0.0, scale[block] * factor)
+        if step_swapped != tilt.swapped:
+            constants[block] = constants[block][:, (1, 0, 2)] * (1.0, 1.0, -1.0)
         sides = [(p, into_p, 0), (other, into_q, 1)]
         if tilt.swapped:
             sides.reverse()
-            scales = scales[:, ::-1].copy()
         (first, into_first, _), (second, into_second, _) = sides
         letters = "p" * (into_first is not None) + "q" * (into_second is not None)
         empty = targets[0]
@@ -505,7 +512,7 @@ def gradient(
         counter = _address(space)
         function(
             *_place(first), *_place(second), p.width, _address(block), len(block), counter,
-            len(block), counter + 8, _address(known), _address(scales),
+            len(block), counter + 8, _address(known), _address(scales), _address(constants),
             *_place(into_first or empty), *_place(into_second or empty),
             1.0 / p.temperature, tilt.alpha, tilt.weight,
         )  # fmt: skip

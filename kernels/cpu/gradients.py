@@ -16,9 +16,10 @@ add up to 0.  m = w p + (1-w) q.  The tilted distribution r = p**alpha q**(1-alp
 q 2**e with e = -alpha t - (alpha-1) R, and p 2**e with e = -(alpha-1) (t + R), where R is the
 Renyi divergence in base 2; the differences are again of the form sign M h.
 
-The row pair is read from memory once, for the normalizers (two_phase's first phase); the means and
-the gradient are then computed from cache.  Rows whose normalizers are not found, or whose value is
-infinite, are listed before anything is written: ``out`` may be the logits' own memory.
+The values were computed just before, so that the row pair is in cache.  ``one_pass`` then also
+knows the constants of log2 p, log2 q and log2(q/p); where it did not run, they are found as
+two_phase finds them.  Rows whose normalizers are not found, or whose value is infinite, are listed
+before anything is written: the gradient may go to the logits' own memory.
 """
 
 from __future__ import annotations
@@ -226,7 +227,7 @@ def build(operation, sides, dtype_p, dtype_q, dtype_into_p, dtype_into_q):
 
     def kernel(
         p, p_stride, p_offsets, q, q_stride, q_offsets, width, rows, n_rows, counter, chunk, redo,
-        values, scales, into_p, into_p_stride, into_p_offsets, into_q, into_q_stride,
+        values, scales, known, into_p, into_p_stride, into_p_offsets, into_q, into_q_stride,
         into_q_offsets, inverse_temperature, alpha, weight,
     ):  # fmt: skip
         a = f64(f32(inverse_temperature * LOG2_E))
@@ -246,12 +247,20 @@ def build(operation, sides, dtype_p, dtype_q, dtype_into_p, dtype_into_q):
                 if scale_p == 0.0 and scale_q == 0.0:
                     clear(out_p, out_q, width)
                     continue
-                state = first(x, y, 0, width, a)
-                rx, ry, S, D, H = state
-                if not (S < math.inf and abs(D) <= 0.75 * S and abs(value) < math.inf):
+                kx = peek_f64(known + 24 * row)
+                ky = peek_f64(known + 24 * row + 8)
+                c = peek_f64(known + 24 * row + 16)
+                D, H = 0.0, 0.0
+                usable = abs(value) < math.inf
+                if usable and not (abs(kx) < math.inf and abs(c) < math.inf):
+                    state = first(x, y, 0, width, a)
+                    rx, ry, S, D, H = state
+                    usable = S < math.inf and abs(D) <= 0.75 * S
+                    if usable:
+                        kx, ky, c = normalizers(state)
+                if not usable:
                     poke_i64(redo + 8 * (fetch_add(redo, 1) + 1), row)
                     continue
-                kx, ky, c = normalizers(state)
                 constants = split(kx, ky, c)
                 if abs(D) > 0.5 * H:
                     # Most of what D adds up is the distance of the references from each other,

@@ -354,7 +354,7 @@ def build(operation, dtype_p, dtype_q, exactly):
 
     def kernel(
         p, p_stride, p_offsets, q, q_stride, q_offsets, width, rows, n_rows,
-        counter, chunk, parts, part_width, states, done, redo, out,
+        counter, chunk, parts, part_width, states, done, redo, out, known,
         inverse_temperature, beta, limit,
     ):  # fmt: skip
         a = f64(f32(inverse_temperature * LOG2_E))
@@ -385,6 +385,14 @@ def build(operation, dtype_p, dtype_q, exactly):
                 value, other = finish(state, beta)
                 if (value < UNDERFLOW or (both and other < UNDERFLOW)) and differ(x, y, width):
                     value = math.nan
+                if known != 0:
+                    # log2 p = a x + kx, log2 q = a y + ky, log2(q/p) = a (y - x) + c.
+                    m, S, top, c, D, B, G, E = state
+                    kx = -LOG2_E * (m + math.log1p(S))
+                    c -= math.log1p((B + phi(top) + D + top) / (S + 1.0))
+                    poke_f64(known + 24 * row, kx)
+                    poke_f64(known + 24 * row + 8, kx + LOG2_E * c)
+                    poke_f64(known + 24 * row + 16, LOG2_E * c)
                 if both:
                     poke_f64(out + 16 * row, value)
                     poke_f64(out + 16 * row + 8, other)

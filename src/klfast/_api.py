@@ -305,8 +305,8 @@ def logsumexp(x: Any, **options: Unpack[Options]) -> Any:
     "logits",
     operation="token_log_probs",
     returns="One value a row, of the shape of the batch, as the same kind of array as the input; "
-    "with\nreturn_entropy a pair of them. A row that holds NaN or +inf, or only -inf, gives NaN and "
-    "leaves\nthe others alone.",
+    "with\nreturn_entropy a pair of them. A row that holds NaN or +inf, or only -inf, gives NaN "
+    "and\nleaves the others alone.",
 )
 def token_log_probs(
     logits: Any, tokens: Any, *, return_entropy: bool = False, **options: Unpack[Options]
