@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import json
 import statistics
 import subprocess
@@ -76,7 +77,7 @@ def _logits(options: argparse.Namespace) -> list[str]:
     lines = [["measure", "klfast, ms", "torch.compile, ms", "", "torch eager, ms", ""]]
     for name in MEASURES:
         contenders: dict[str, Callable[[], Any]] = {
-            "klfast": lambda name=name: klfast.value_and_grad(name, p, q, out=out)
+            "klfast": functools.partial(klfast.value_and_grad, name, p, q, out=out)
         }
         for peer in PEERS:
             if peer.package == "torch" and (measure := peer.measure(name)) is not None:

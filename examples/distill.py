@@ -36,7 +36,7 @@ def words(vocabulary: int) -> tuple[torch.Tensor, int]:
     return torch.tensor([index.get(word, len(known)) for word in split]), len(known) + 1
 
 
-class Model(torch.nn.Module):
+class Model(torch.nn.Module):  # type: ignore[misc]
     """Embeddings of the last words, one hidden layer, logits of the next word."""
 
     def __init__(self, vocabulary: int, width: int) -> None:
@@ -70,7 +70,7 @@ def train_teacher(model: Model, batches: Batches, steps: int) -> None:
         context, target = batches.next()
         loss = torch.nn.functional.cross_entropy(model(context), target)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
 
 
@@ -88,7 +88,7 @@ def train_student(
             soft = teacher(context)
         loss = distillation_loss(student(context), soft, divergence=name)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         since.append(float(loss.detach()))
         if step % max(1, steps // 20) == 0:
