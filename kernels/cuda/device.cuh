@@ -180,12 +180,24 @@ DEVICE uint16 half_of(float value)
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
     return bits;
 }
+// Between float32 and float64, numbers below the normal range of float32 included: -ftz=true makes
+// those 0 in the conversions of the language.
+DEVICE double double_of(float value)
+{
+    double wide;
+    asm("cvt.f64.f32 %0, %1;" : "=d"(wide) : "f"(value));
+    return wide;
+}
+DEVICE float float_of(double value)
+{
+    float nearest;
+    asm("cvt.rn.f32.f64 %0, %1;" : "=f"(nearest) : "d"(value));
+    return nearest;
+}
 // Towards zero, with the last bit set if anything was lost: rounding that again is exact.
 DEVICE float round_to_odd(double value)
 {
-    float nearest = __double2float_rz(value);
-    if (static_cast<double>(nearest) != value && value == value)
-        nearest = as_float(as_bits(nearest) | 1u);
-    return nearest;
+    float below;
+    asm("cvt.rz.f32.f64 %0, %1;" : "=f"(below) : "d"(value));
+    return double_of(below) != value && value == value ? as_float(as_bits(below) | 1u) : below;
 }
-DEVICE float float_of(double value) { return __double2float_rn(value); }

@@ -9,8 +9,8 @@
 #define FLOAT32 2
 #define FLOAT64 3
 
-constexpr float INFINITY32 = __builtin_huge_valf();
-constexpr double INFINITY64 = __builtin_huge_val();
+#define INFINITY32 as_float(0x7f800000u)
+#define INFINITY64 as_double(0x7ff0000000000000ull)
 #define NAN64 as_double(0x7ff8000000000000ull)
 #define NAN32 as_float(0x7fc00000u)
 
@@ -94,9 +94,9 @@ struct Entry<FLOAT64> {
 DEVICE double entry64(const char* at, int dtype)
 {
     switch (dtype) {
-    case FLOAT16: return Entry<FLOAT16>::get(at);
-    case BFLOAT16: return Entry<BFLOAT16>::get(at);
-    case FLOAT32: return Entry<FLOAT32>::get(at);
+    case FLOAT16: return double_of(Entry<FLOAT16>::get(at));
+    case BFLOAT16: return double_of(Entry<BFLOAT16>::get(at));
+    case FLOAT32: return double_of(Entry<FLOAT32>::get(at));
     default: return Entry<FLOAT64>::get(at);
     }
 }

@@ -520,13 +520,12 @@ DEVICE uint16 half_of(float value)
         return sign | static_cast<uint16>(as_bits(as_float(size) + 0.5f) - as_bits(0.5f));
     return sign | static_cast<uint16>((size - (112u << 23) + 0xfffu + (size >> 13 & 1u)) >> 13);
 }
+DEVICE double double_of(float value) { return value; }
+DEVICE float float_of(double value) { return static_cast<float>(value); }
 DEVICE float round_to_odd(double value)
 {
-    float nearest = static_cast<float>(value);
-    if (fabs(static_cast<double>(nearest)) > fabs(value))
-        nearest = as_float(as_bits(nearest) - 1u);
-    if (static_cast<double>(nearest) != value && value == value)
-        nearest = as_float(as_bits(nearest) | 1u);
-    return nearest;
+    float below = static_cast<float>(value);
+    if (fabs(double_of(below)) > fabs(value))
+        below = as_float(as_bits(below) - 1u);
+    return double_of(below) != value && value == value ? as_float(as_bits(below) | 1u) : below;
 }
-DEVICE float float_of(double value) { return static_cast<float>(value); }

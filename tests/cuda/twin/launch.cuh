@@ -86,7 +86,7 @@ extern "C" __attribute__((visibility("default"))) int twin_launch(
     current = nullptr;
     shared_size = (shared + 15) / 16 * 16;
     random_state = seed * 0x9e3779b97f4a7c15ull;
-    set_body(TWIN_KERNEL, call);
+    set_body(::TWIN_KERNEL, call);
     warps = static_cast<Warp*>(calloc(CLUSTER * threads / 32 + 1, sizeof(Warp)));
     fibers = static_cast<Fiber*>(calloc(CLUSTER * threads, sizeof(Fiber)));
     shared_memory = static_cast<char*>(
