@@ -4,7 +4,7 @@ A teacher reads the documentation that ships with Python (module pydoc_data.topi
 predict the next word. Three students of a quarter of its width then learn from its logits alone, by
 forward KL, reverse KL and Jensen-Shannon. Needs PyTorch; the picture needs matplotlib.
 
-    python examples/distill.py                # about a minute on 2 cores
+    python examples/distill.py                # half a minute on 2 cores
     python examples/distill.py --picture distill.png
 """
 
@@ -116,8 +116,8 @@ def picture(curves: dict[str, list[tuple[int, float, float]]], path: Path) -> No
 
 def main() -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=400, help="of each student (default: 400)")
-    parser.add_argument("--teacher-steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=250, help="of each student (default: 250)")
+    parser.add_argument("--teacher-steps", type=int, default=600)
     parser.add_argument("--vocabulary", type=int, default=6000)
     parser.add_argument("--picture", type=Path)
     options = parser.parse_args()
