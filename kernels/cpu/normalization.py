@@ -103,17 +103,17 @@ def larger_power(exactly):
 
 
 #: Rows that differ by more than this are left to the kernel that subtracts exactly: the rounding of
-#: y - x is then no longer small beside 1.  Below it, differences of narrow numbers lose nothing in
-#: float32, but of entries so near 0 that the others are a thousand times as large.
+#: y - x is then no longer small beside 1.
 CLOSE = 16.0
 
 
-def rounding(dtype_p, dtype_q, exactly):
+def rounding(exactly):
     """An inlined ``rounded(c)``: how much y - x, where it is about c, is rounded.
 
-    0 not at all, 1 as float32 numbers are, infinity by too much.
+    0 not at all, 1 as float32 numbers are, infinity by too much.  Narrow numbers count as float32:
+    where one is so near 0 that the other is thousands of times as large, float32 cannot hold their
+    difference, and a symbol with much of the mass may be such.
     """
-    narrow = ITEMSIZE[dtype_p] == ITEMSIZE[dtype_q] == 2
 
     @inline
     def rounded(c):
@@ -121,7 +121,7 @@ def rounding(dtype_p, dtype_q, exactly):
             return 0.0
         if abs(c) > CLOSE:
             return math.inf
-        return 0.0 if narrow else 1.0
+        return 1.0
 
     return rounded
 

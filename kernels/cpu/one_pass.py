@@ -111,7 +111,7 @@ def build(operation, dtype_p, dtype_q, exactly):
     # Of both directions E holds what went into either sum and its moves.
     allowed = 3.0 * CANCELLATION if both else CANCELLATION
     difference, raised = subtraction(exactly), power(exactly)
-    rounded = rounding(dtype_p, dtype_q, exactly)
+    rounded = rounding(exactly)
 
     @inline
     def moved(state, h, beta):
