@@ -18,6 +18,7 @@ __all__ = [
     "Backend",
     "BackendStatus",
     "backends",
+    "compiled",
     "get_num_threads",
     "select",
     "set_num_threads",
@@ -179,6 +180,13 @@ def _first_selection(name: str, device: str) -> Backend:
             stacklevel=2,
         )
         return load("reference")
+
+
+def compiled() -> Any | None:
+    """The kernels outside the operation table, or None where only NumPy can be used."""
+    if select("auto", "cpu").__name__ != MODULES["cpu"]:
+        return None
+    return import_module(f"{MODULES['cpu']}.family")
 
 
 def backends() -> dict[str, BackendStatus]:

@@ -1,0 +1,71 @@
+"""Arrays of any library as float64 NumPy values, and results as arrays of the same library.
+
+For the functions whose arguments are not rows of logits: parameters, samples, scores, measures.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ._arrays import Place, View, decode, encode, memory, place_of, view_of, wrap
+from ._dispatch import select
+
+__all__ = ["Given", "check_axis", "given"]
+
+Values = NDArray[np.float64]
+
+NUMBERS = bool | int | float | list | tuple | np.generic
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """The arguments of one call: of one library, on the host."""
+
+    views: dict[str, View]
+    place: Place
+    like: Any  # the first array, whose library and device results get
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of results: float64 if an argument is, else float32."""
+        wide = any(view.dtype == "float64" for view in self.views.values())
+        return "float64" if wide else "float32"
+
+    def values(self) -> list[Values]:
+        """Return the arguments in their order, converted exactly to float64."""
+        return [decode(memory(view), view.dtype) for view in self.views.values()]
+
+    def result(self, values: NDArray[np.float64], dtype: str | None = None) -> Any:
+        """Return float64 values, rounded once, as the same kind of array as the arguments."""
+        dtype = dtype or self.dtype
+        return wrap(encode(np.asarray(values, np.float64), dtype), dtype, self.place, self.like)
+
+
+def given(arrays: Mapping[str, Any]) -> Given:
+    """Check arrays by name; numbers and lists count as float64 NumPy arrays.
+
+    TypeError for what is no array of floating-point numbers, or of two libraries or devices.
+    """
+    known = {
+        name: np.asarray(x, np.float64) if isinstance(x, NUMBERS) else x
+        for name, x in arrays.items()
+    }
+    places = {name: place_of(x, name) for name, x in known.items()}
+    place = next(iter(places.values()))
+    if any(each != place for each in places.values()):
+        text = ", ".join(f"{name} is {each}" for name, each in places.items())
+        raise TypeError(f"{text}; accepted: arrays of one library on one device")
+    if place.device != "cpu":
+        select("auto", place.device)  # raises: nothing reads that memory
+    views = {name: view_of(x, place, name) for name, x in known.items()}
+    return Given(views, place, next(iter(known.values())))
+
+
+def check_axis(name: str, shape: tuple[int, ...], least: int = 1) -> None:
+    """Raise ValueError where an array lacks its last axes, or one of them is empty."""
+    if len(shape) < least or 0 in shape[len(shape) - least :]:
+        axes = ", ".join(["...", *["n"] * least])
+        raise ValueError(f"{name} has shape {shape}; accepted: shape ({axes}) with n from 1")
