@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from . import Rows, Values, _address, _cut, _launch
 from .native import kernel
 
-__all__ = ["gaussian_kl"]
+__all__ = ["add_pairs", "fill_tables", "gaussian_kl"]
 
 _kernel = functools.cache(kernel)
 
@@ -50,3 +50,46 @@ def gaussian_kl(
         alone=False,
     )  # fmt: skip
     return out.sum(1)
+
+
+def add_pairs(operation: str, x: NDArray[np.float32], y: NDArray[np.float32], out: Values) -> None:
+    """Add the sums of a part of the vocabulary to the values of all pairs of two tables.
+
+    Where both are the same table, the pairs below the diagonal are undefined.
+    """
+    counter = np.zeros(1, np.int64)
+    function = _kernel("pairwise", (operation,), "q" * 8)
+    arguments = (
+        _address(x), len(x), _address(y), len(y), x.shape[1], _address(counter), _address(out),
+        int(x is y),
+    )  # fmt: skip
+    _launch(function, arguments, len(x) * len(y) * x.shape[1], alone=False)
+
+
+def fill_tables(
+    rows: Rows,
+    part: slice,
+    shifts: Values,
+    powers: NDArray[np.float32] | None,
+    logs: NDArray[np.float32] | None,
+    own: Values,
+    *,
+    order: float = 1.0,
+    factor: float = 1.0,
+    nothing: float = 0.0,
+) -> bool:
+    """Write tables of a part of the vocabulary, and add the sums of powers times logs to ``own``.
+
+    ``shifts`` are c and rest of each row. Returns whether an entry is -inf.
+    """
+    counter, zeros = np.zeros(1, np.int64), np.zeros(1)
+    some = powers if powers is not None else logs
+    assert some is not None
+    function = _kernel("tables", (rows.dtype,), "q" * 12 + "d" * 4)
+    arguments = (
+        rows.address, rows.row_stride, rows.count, part.start, part.stop, _address(counter),
+        _address(shifts), _address(powers), _address(logs), some.shape[1], _address(own),
+        _address(zeros), 1.0 / rows.temperature, order, factor, nothing,
+    )  # fmt: skip
+    _launch(function, arguments, 4 * some.size, alone=False)
+    return bool(zeros[0])

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from ._evaluation import Evaluation, evaluate
     from ._gradients import ValueAndGradient, value_and_grad
     from ._machine import info
+    from ._pairwise import pairwise
     from ._sources import LogitSource, SourceError, open_logits
 
 __version__ = "0.1.0"
@@ -62,6 +63,7 @@ _LAZY = {
     "evaluate": "_evaluation",
     "info": "_machine",
     "open_logits": "_sources",
+    "pairwise": "_pairwise",
     "value_and_grad": "_gradients",
 }
 
@@ -92,6 +94,7 @@ __all__ = [
     "log_softmax",
     "logsumexp",
     "open_logits",
+    "pairwise",
     "reference",
     "renyi_divergence",
     "renyi_entropy",
