@@ -16,7 +16,12 @@ from numpy.typing import NDArray
 from . import Rows, Values, _address, _cut, _launch
 from .native import kernel
 
-__all__ = ["add_pairs", "fill_tables", "gaussian_kl"]
+__all__ = ["add_pairs", "count_sums", "fill_tables", "gaussian_kl", "moments"]
+
+#: Values that the kernel ``counts`` gives for a row.
+COUNT_COLUMNS = 8
+#: Samples of which the kernel ``moments`` takes mean and variance at a time.
+SAMPLES = 1 << 15
 
 _kernel = functools.cache(kernel)
 
@@ -93,3 +98,40 @@ def fill_tables(
     )  # fmt: skip
     _launch(function, arguments, 4 * some.size, alone=False)
     return bool(zeros[0])
+
+
+def count_sums(p: NDArray[Any], q: NDArray[Any], smoothing: float, drop: bool) -> Values:
+    """KL divergence of rows of counts and what goes with it: the columns of the kernel ``counts``.
+
+    ``p`` and ``q`` are tables of the same shape, in int32, int64 or a floating-point dtype.
+    """
+    n, width = p.shape
+    out = np.empty((n, COUNT_COLUMNS))
+    counter = np.zeros(1, np.int64)
+    function = _kernel("counts", (p.dtype.name, q.dtype.name), "q" * 10 + "d")
+    chunk = _cut(n, width)[0]
+    arguments = (
+        p.ctypes.data, p.strides[0], q.ctypes.data, q.strides[0], width, n, _address(counter), chunk,
+        int(drop), _address(out), smoothing,
+    )  # fmt: skip
+    _launch(function, arguments, 2 * p.size, alone=False)
+    return out
+
+
+def moments(log_p: Rows, log_q: Rows, estimator: str) -> tuple[Values, Values]:
+    """Mean of an estimator over each row of log-probabilities, and the sum of squares about it."""
+    n, width = log_p.count, log_p.width
+    parts = -(-width // SAMPLES)
+    out = np.empty((n, parts, 2))
+    counter = np.zeros(1, np.int64)
+    function = _kernel("moments", (log_p.dtype, log_q.dtype, estimator), "q" * 10)
+    arguments = (
+        log_p.address, log_p.row_stride, log_q.address, log_q.row_stride, width, n,
+        _address(counter), parts, SAMPLES, _address(out),
+    )  # fmt: skip
+    _launch(function, arguments, 2 * n * width, alone=False)
+    sizes = np.minimum(SAMPLES, width - SAMPLES * np.arange(parts))
+    with np.errstate(invalid="ignore"):
+        mean = (out[..., 0] * sizes).sum(1) / width
+        squares = out[..., 1].sum(1) + (sizes * (out[..., 0] - mean[:, None]) ** 2).sum(1)
+    return mean, squares

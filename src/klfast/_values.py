@@ -10,10 +10,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ._arrays import Place, View, decode, encode, memory, place_of, view_of, wrap
+from ._arrays import (
+    FLOATS,
+    Place,
+    Rows,
+    View,
+    decode,
+    encode,
+    memory,
+    place_of,
+    rows_of,
+    view_of,
+    wrap,
+)
 from ._dispatch import select
 
-__all__ = ["Given", "check_axis", "given"]
+__all__ = ["Given", "check_axis", "given", "plain_rows"]
 
 Values = NDArray[np.float64]
 
@@ -69,3 +81,15 @@ def check_axis(name: str, shape: tuple[int, ...], least: int = 1) -> None:
     if len(shape) < least or 0 in shape[len(shape) - least :]:
         axes = ", ".join(["...", *["n"] * least])
         raise ValueError(f"{name} has shape {shape}; accepted: shape ({axes}) with n from 1")
+
+
+def plain_rows(view: View, shape: tuple[int, ...], width: int) -> Rows | None:
+    """The rows of the last axis, broadcast to a batch, as kernels without offsets read them.
+
+    None where they do not lie like that.
+    """
+    if not view.shape or view.shape[-1] != width or width == 0:
+        return None
+    rows = rows_of(view, -1, shape, width, "logits", 1.0)
+    straight = rows.stride == FLOATS[view.dtype] or width == 1
+    return rows if straight and rows.offsets is None else None

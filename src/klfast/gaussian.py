@@ -24,9 +24,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ._arrays import FLOATS, STORAGE, Rows, View, encode, rows_of, wrap
+from ._arrays import STORAGE, encode, wrap
 from ._dispatch import compiled
-from ._values import Given, check_axis, given
+from ._elementary import excess
+from ._values import Given, check_axis, given, plain_rows
 from .reference import _phi
 
 __all__ = [
@@ -343,16 +344,6 @@ def _schedule(betas: Any) -> tuple[Values, Values]:
 # Formulas, in float64
 
 
-def _excess(a: Values) -> Values:
-    """a - log1p(a) >= 0, in s = a/(2+a): a - 2 atanh(s) = s (a - 2 (s^2/3 + s^4/5 + ...))."""
-    s = a / (2.0 + a)
-    near = np.clip(s, -0.2, 0.2)
-    series = np.zeros_like(near)
-    for k in range(25, 1, -2):
-        series = (series + 1.0 / k) * near * near
-    return np.where(np.abs(s) < 0.2, s * (a - 2.0 * series), a - np.log1p(a))
-
-
 def _distance(difference: Values, log_variance: Values) -> Values:
     """difference^2 / variance; 0 where the difference is, whatever the variance."""
     with np.errstate(all="ignore"):
@@ -386,7 +377,7 @@ def _renyi(mp: Values, lp: Values, mq: Values, lq: Values, alpha: float) -> Valu
     rest = 1.0 - alpha
     with np.errstate(all="ignore"):
         share = rest * np.expm1(t)
-        close = 0.5 * (_phi(t) - _excess(share) / rest)
+        close = 0.5 * (_phi(t) - excess(share) / rest)
         # Far apart, log(s / v_q) from exponents that do not overflow.
         log_s = np.where(t > 1.0, t + np.log(rest + alpha * np.exp(-t)), np.log1p(share))
         far = 0.5 * (log_s / rest - t)
@@ -452,7 +443,7 @@ def _fused(
 ) -> tuple[Values, list[NDArray[Any]]]:
     """KL divergence of each row, and its gradients if there is memory for them."""
     kernels = compiled()
-    rows = [_rows(view, batch) for view in batch.given.views.values()]
+    rows = [plain_rows(view, batch.shape, batch.width) for view in batch.given.views.values()]
     usable = all(each is not None and each.dtype == rows[0].dtype for each in rows if rows[0])
     if kernels is None or rows[0] is None or not usable or not rows[0].count:
         values = _kl(*batch.parameters())
@@ -488,15 +479,6 @@ def _gradients(mp: Values, lp: Values, mq: Values, lq: Values) -> list[Values]:
         slope = np.where(difference == 0.0, 0.0, difference * np.exp(-lq))
         growth = np.expm1(t)
         return [slope, 0.5 * growth, -slope, -0.5 * (growth + slope * difference)]
-
-
-def _rows(view: View, batch: _Diagonal) -> Rows | None:
-    """The rows of an array as the kernel reads them, or None where it cannot."""
-    if not view.shape or view.shape[-1] != batch.width or not batch.width:
-        return None
-    rows = rows_of(view, -1, batch.shape, batch.width, "logits", 1.0)
-    straight = rows.stride == FLOATS[view.dtype] or batch.width == 1
-    return rows if straight and rows.offsets is None else None
 
 
 def _full(

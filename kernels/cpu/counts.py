@@ -1,0 +1,157 @@
+"""Divergence of two rows of counts from each other, and what corrections of it need.
+
+With counts w and v (a constant added to each, if asked for), their totals W and U, p = w/W and
+q = v/U, the ratio q/p is 1 + x with x = (v W - w U)/(w U), whose numerator is exact, so that the
+terms
+
+    p (x - log1p(x)) >= 0
+
+of KL(P, Q) do not cancel; a symbol that only Q has adds q.  The first read finds the totals, the
+second the terms.
+
+Written for each row are KL; the totals of both; how many symbols P has, Q has, only P has; the sum
+of p (1-q)/q over the symbols of Q; and the smallest count of either.
+"""
+
+from __future__ import annotations
+
+import math
+
+from llvmlite import ir
+from numba.core import cgutils
+from numba.core.extending import intrinsic
+
+from .family import COUNT_COLUMNS
+from .mathematics import atanh_tail_64, inline, log_64
+from .simd import (
+    ITEMSIZE,
+    LANES64,
+    f64v,
+    fetch_add,
+    fma,
+    hmax,
+    hsum,
+    lanes_below,
+    poke_f64,
+    prefetch,
+    splat64,
+    tail_loader,
+    vabs,
+    vmin,
+    where,
+)
+
+INTEGERS = {"int32": 4, "int64": 8}
+
+
+def _integers(dtype):
+    """An intrinsic ``load(address, n)``: n integers as float64, the other lanes 0."""
+    memory = ir.VectorType(ir.IntType(8 * INTEGERS[dtype]), LANES64)
+
+    @intrinsic
+    def load(typingctx, address, n):
+        def codegen(context, builder, sig, args):
+            i32, i64 = ir.IntType(32), ir.VectorType(ir.IntType(64), LANES64)
+            pointer = builder.inttoptr(args[0], memory.as_pointer())
+            first = builder.insert_element(ir.Constant(i64, ir.Undefined), args[1], i32(0))
+            zeros = ir.Constant(ir.VectorType(i32, LANES64), [0] * LANES64)
+            n64 = builder.shuffle_vector(first, ir.Constant(i64, ir.Undefined), zeros)
+            mask = builder.icmp_signed("<", ir.Constant(i64, list(range(LANES64))), n64)
+            kind = ir.FunctionType(memory, [pointer.type, i32, mask.type, memory])
+            name = f"llvm.masked.load.v{LANES64}i{8 * INTEGERS[dtype]}.p0"
+            masked = cgutils.get_or_insert_function(builder.module, kind, name)
+            none = ir.Constant(memory, [0] * LANES64)
+            loaded = builder.call(masked, [pointer, i32(INTEGERS[dtype]), mask, none])
+            return builder.sitofp(loaded, f64v.llvm)
+
+        return f64v(address, n), codegen
+
+    return load
+
+
+def _numbers(dtype):
+    """An inlined ``load(address, n)``: n counts as float64, the other lanes 0."""
+    if dtype in INTEGERS:
+        return _integers(dtype)
+    load_tail = tail_loader(dtype, f64v)
+
+    @inline
+    def load(address, n):
+        x = load_tail(address, n)
+        return where(lanes_below(x, n), x, 0.0)
+
+    return load
+
+
+@inline
+def excess_64(x):
+    """x - log1p(x) >= 0 without cancellation, for x >= -1.
+
+    With s = x/(2+x): log1p(x) = 2 atanh(s), and x - 2 s = x s.
+    """
+    s = x / (2.0 + x)
+    near = s * (x - 2.0 * atanh_tail_64(s))
+    return where(vabs(s) < 0.17, near, x - log_64(1.0 + x))
+
+
+def build(dtype_p, dtype_q):
+    load_p, load_q = _numbers(dtype_p), _numbers(dtype_q)
+    size_p = INTEGERS.get(dtype_p) or ITEMSIZE[dtype_p]
+    size_q = INTEGERS.get(dtype_q) or ITEMSIZE[dtype_q]
+
+    @inline
+    def both(x, y, j, n, drop):
+        """The counts of a vector; ``drop`` leaves out the symbols that Q has not."""
+        prefetch(x + j * size_p + 2048)
+        prefetch(y + j * size_q + 2048)
+        w, v = load_p(x + j * size_p, n), load_q(y + j * size_q, n)
+        if drop != 0:
+            w = where(v > 0.0, w, 0.0)
+        return w, v
+
+    def kernel(p, p_stride, q, q_stride, width, n_rows, counter, chunk, drop, out, smoothing):
+        while True:
+            first = fetch_add(counter, chunk)
+            if first >= n_rows:
+                return
+            for row in range(first, min(first + chunk, n_rows)):
+                x, y = p + row * p_stride, q + row * q_stride
+                zero = splat64(0.0)
+                total_p, total_q, some_p, some_q, only_p = zero, zero, zero, zero, zero
+                least = splat64(math.inf)
+                for j in range(0, width, LANES64):
+                    w, v = both(x, y, j, min(LANES64, width - j), drop)
+                    least = vmin(vmin(w, v), least)
+                    total_p = total_p + w
+                    total_q = total_q + v
+                    some_p = some_p + where(w > 0.0, 1.0, zero)
+                    some_q = some_q + where(v > 0.0, 1.0, zero)
+                    only_p = only_p + where((w > 0.0) & (v == 0.0), 1.0, zero)
+                W = hsum(total_p) + width * smoothing
+                U = hsum(total_q) + width * smoothing
+                per_p, per_q = 1.0 / W, 1.0 / U
+                value, spread = zero, zero
+                for j in range(0, width, LANES64):
+                    n = min(LANES64, width - j)
+                    w, v = both(x, y, j, n, drop)
+                    if smoothing != 0.0:
+                        inside = lanes_below(w, n)
+                        w = where(inside, w + smoothing, 0.0)
+                        v = where(inside, v + smoothing, 0.0)
+                    left, right = v * W, w * U
+                    lost = fma(v, W, -left) - fma(w, U, -right)
+                    ratio = ((left - right) + lost) / right
+                    share = w * per_p
+                    value = value + where(w == 0.0, v * per_q, share * excess_64(ratio))
+                    spread = spread + where(v == 0.0, 0.0, share * (U - v) / v)
+                at = out + row * (8 * COUNT_COLUMNS)
+                poke_f64(at, hsum(value))
+                poke_f64(at + 8, W)
+                poke_f64(at + 16, U)
+                poke_f64(at + 24, hsum(some_p))
+                poke_f64(at + 32, hsum(some_q))
+                poke_f64(at + 40, hsum(only_p))
+                poke_f64(at + 48, hsum(spread))
+                poke_f64(at + 56, -hmax(-least))
+
+    return kernel
