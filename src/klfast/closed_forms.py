@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ._api import kl_divergence
 from ._arguments import Options
 from ._arrays import Place, place_of, view_of, wrap
-from ._elementary import excess
+from ._elementary import kl_term
 from ._scipy import scipy
 from ._values import check_axis, given
 
@@ -74,13 +74,7 @@ def bernoulli_kl(p: Any, q: Any, *, input: Literal["probs", "logits"] = "probs")
     if input == "logits":
         return origin.result(np.asarray(kl_divergence(_two_logits(x), _two_logits(y))))
     x, y = (np.where((each >= 0.0) & (each <= 1.0), each, np.nan) for each in (x, y))
-    return origin.result(_side(x, y - x, y) + _side(1.0 - x, x - y, 1.0 - y))
-
-
-def _side(p: Values, change: Values, q: Values) -> Values:
-    """p log(p/q) - p + q >= 0, with q - p as it was before p and q were rounded."""
-    with np.errstate(all="ignore"):
-        return np.where(p == 0.0, q, p * excess(np.where(q == 0.0, -1.0, change / p)))
+    return origin.result(kl_term(x, y, y - x) + kl_term(1.0 - x, 1.0 - y, x - y))
 
 
 def _two_logits(x: Values) -> Values:
