@@ -166,3 +166,10 @@ def test_bad_arguments_are_named(change: dict[str, Any], message: str) -> None:
     arguments: dict[str, Any] = {"p": [1, 2], "q": [3, 4]} | change
     with pytest.raises(ValueError, match=message):
         kl_from_counts(**arguments)
+
+
+def test_counts_of_very_different_sizes_keep_their_digits() -> None:
+    p, q = np.array([10**12, 1]), np.array([1, 10**12])
+    a, b = 10**12 / (10**12 + 1), 1 / (10**12 + 1)
+    expected = a * math.log(1e12) - b * math.log(1e12)
+    assert kl_from_counts(p, q) == pytest.approx(expected, rel=1e-14)

@@ -84,14 +84,14 @@ def _numbers(dtype):
 
 
 @inline
-def excess_64(x):
-    """x - log1p(x) >= 0 without cancellation, for x >= -1.
+def excess_64(x, ratio):
+    """x - log1p(x) >= 0 without cancellation, where ``ratio`` is 1 + x.
 
     With s = x/(2+x): log1p(x) = 2 atanh(s), and x - 2 s = x s.
     """
     s = x / (2.0 + x)
     near = s * (x - 2.0 * atanh_tail_64(s))
-    return where(vabs(s) < 0.17, near, x - log_64(1.0 + x))
+    return where(vabs(s) < 0.17, near, x - log_64(ratio))
 
 
 def build(dtype_p, dtype_q):
@@ -142,7 +142,8 @@ def build(dtype_p, dtype_q):
                     lost = fma(v, W, -left) - fma(w, U, -right)
                     ratio = ((left - right) + lost) / right
                     share = w * per_p
-                    value = value + where(w == 0.0, v * per_q, share * excess_64(ratio))
+                    term = share * excess_64(ratio, left / right)
+                    value = value + where(w == 0.0, v * per_q, term)
                     spread = spread + where(v == 0.0, 0.0, share * (U - v) / v)
                 at = out + row * (8 * COUNT_COLUMNS)
                 poke_f64(at, hsum(value))

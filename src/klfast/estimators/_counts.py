@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .._dispatch import compiled
-from .._elementary import excess
+from .._elementary import kl_term
 
 __all__ = ["entropy_from_counts", "kl_from_counts"]
 
@@ -223,10 +223,9 @@ def _sums(
 
 
 def _terms(w: Values, v: Values, total_p: Values, total_q: Values) -> Values:
-    """p (x - log1p(x)) with 1 + x = q/p; q where p = 0."""
-    ratio = (v * total_p - w * total_q) / (w * total_q)
-    inside = w / total_p * excess(ratio)
-    return np.where(w == 0, v / total_q, np.where(v == 0, np.inf, inside))
+    """The terms of KL, whose numerators are exact."""
+    change = (v * total_p - w * total_q) / (total_p * total_q)
+    return kl_term(w / total_p, v / total_q, change)
 
 
 def _by_row(rows: NDArray[np.int64], values: NDArray[Any], n: int) -> Values:
