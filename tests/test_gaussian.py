@@ -1,5 +1,6 @@
 """Divergences between Gaussians, against mpmath and against their own definitions."""
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -185,9 +186,7 @@ def test_hellinger_and_wasserstein_are_exact_however_close(distance: float) -> N
     arrays = cases(distance, np.float64)
     half = 0.5 * summed(truth_renyi, arrays, 0.5)
     np.testing.assert_allclose(gaussian.bhattacharyya_distance(*arrays), half, rtol=1e-12)
-    np.testing.assert_allclose(
-        gaussian.squared_hellinger(*arrays), -np.expm1(-half), rtol=1e-12
-    )
+    np.testing.assert_allclose(gaussian.squared_hellinger(*arrays), -np.expm1(-half), rtol=1e-12)
     np.testing.assert_allclose(
         gaussian.wasserstein_distance(*arrays) ** 2, summed(truth_wasserstein2, arrays), rtol=1e-12
     )
@@ -235,7 +234,9 @@ def test_full_covariance_is_the_diagonal_one_where_it_is_diagonal() -> None:
     for name in ("kl_divergence", "bhattacharyya_distance", "squared_hellinger",
                  "wasserstein_distance"):  # fmt: skip
         np.testing.assert_allclose(
-            getattr(gaussian, name + "_full")(*whole), getattr(gaussian, name)(*diagonal), rtol=1e-10
+            getattr(gaussian, name + "_full")(*whole),
+            getattr(gaussian, name)(*diagonal),
+            rtol=1e-10,
         )
     np.testing.assert_allclose(
         gaussian.renyi_divergence_full(*whole, alpha=0.3),
@@ -268,7 +269,7 @@ def test_laws(seed: int, n: int, spread: float, dtype: Any) -> None:
         float(gaussian.kl_divergence(c, d, a, b)), rel=1e-5
     )
     orders = [float(gaussian.renyi_divergence(a, b, c, d, alpha=each)) for each in ORDERS]
-    for lower, upper in zip(orders, orders[1:], strict=False):
+    for lower, upper in itertools.pairwise(orders):
         assert lower <= upper * (1 + 1e-6)
 
 
@@ -290,10 +291,9 @@ def test_diffusion_terms_are_the_divergences_of_the_two_posteriors() -> None:
     i = steps - 1
 
     def posterior(x: Any) -> tuple[Any, Any]:
-        mean = (
-            (np.sqrt(kept[i - 1]) * betas[i] / (1 - kept[i]))[:, None] * x
-            + (np.sqrt(1 - betas[i]) * (1 - kept[i - 1]) / (1 - kept[i]))[:, None] * x_t
-        )
+        mean = (np.sqrt(kept[i - 1]) * betas[i] / (1 - kept[i]))[:, None] * x + (
+            np.sqrt(1 - betas[i]) * (1 - kept[i - 1]) / (1 - kept[i])
+        )[:, None] * x_t
         variance = (1 - kept[i - 1]) / (1 - kept[i]) * betas[i]
         return mean, np.broadcast_to(np.log(variance)[:, None], mean.shape)
 

@@ -76,10 +76,11 @@ def test_rows_that_are_no_distributions_are_nan(metric: str) -> None:
 
 def test_options_are_those_of_the_functions() -> None:
     p, q = (logits(6, 80, seed) for seed in (7, 8))
-    for options in (
+    every: tuple[dict[str, Any], ...] = (
         {"temperature": 0.5}, {"temperature": (2.0, 0.7)}, {"vocab_size": 50}, {"base": 2},
         {"input": "log_probs"},
-    ):  # fmt: skip
+    )  # fmt: skip
+    for options in every:
         for metric in ("kl", "js", "renyi:0.5"):
             np.testing.assert_allclose(
                 klfast.pairwise(p.astype(np.float32), q.astype(np.float32), metric, **options),
@@ -88,11 +89,15 @@ def test_options_are_those_of_the_functions() -> None:
             )
     weights = np.exp(p), np.exp(q)
     np.testing.assert_allclose(
-        klfast.pairwise(*weights, "js", input="probs"), one_by_one(p, q, "js"), rtol=1e-11
+        klfast.pairwise(weights[0], weights[1], "js", input="probs"),
+        one_by_one(p, q, "js"),
+        rtol=1e-11,
     )
     narrow = tuple(w.astype(np.float32) for w in weights)
     np.testing.assert_allclose(
-        klfast.pairwise(*narrow, "tv", input="probs"), one_by_one(p, q, "tv"), rtol=1e-5
+        klfast.pairwise(narrow[0], narrow[1], "tv", input="probs"),
+        one_by_one(p, q, "tv"),
+        rtol=1e-5,
     )
     assert klfast.pairwise(p, q, dtype="float16").dtype == np.float16
 

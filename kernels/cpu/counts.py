@@ -94,17 +94,16 @@ def excess_64(x, ratio):
     return where(vabs(s) < 0.17, near, x - log_64(ratio))
 
 
-def build(dtype_p, dtype_q):
-    load_p, load_q = _numbers(dtype_p), _numbers(dtype_q)
-    size_p = INTEGERS.get(dtype_p) or ITEMSIZE[dtype_p]
-    size_q = INTEGERS.get(dtype_q) or ITEMSIZE[dtype_q]
+def build(dtype):
+    load = _numbers(dtype)
+    size = INTEGERS.get(dtype) or ITEMSIZE[dtype]
 
     @inline
     def both(x, y, j, n, drop):
         """The counts of a vector; ``drop`` leaves out the symbols that Q has not."""
-        prefetch(x + j * size_p + 2048)
-        prefetch(y + j * size_q + 2048)
-        w, v = load_p(x + j * size_p, n), load_q(y + j * size_q, n)
+        prefetch(x + j * size + 2048)
+        prefetch(y + j * size + 2048)
+        w, v = load(x + j * size, n), load(y + j * size, n)
         if drop != 0:
             w = where(v > 0.0, w, 0.0)
         return w, v

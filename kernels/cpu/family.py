@@ -39,9 +39,7 @@ def gaussian_kl(
     chunk, parts, part_width = _cut(n, width)
     out = np.empty((n, parts))
     counter = np.zeros(1, np.int64)
-    function = _kernel(
-        "gaussian", (first.dtype, len(rows) == 2, bool(into)), "q" * 20
-    )
+    function = _kernel("gaussian", (first.dtype, len(rows) == 2, bool(into)), "q" * 20)
     places = [(each.address, each.row_stride) for each in rows] + [(0, 0)] * (4 - len(rows))
     targets = [_address(each) for each in into] + [0] * (4 - len(into))
     _launch(
@@ -54,7 +52,8 @@ def gaussian_kl(
         n * width * len(rows),
         alone=False,
     )  # fmt: skip
-    return out.sum(1)
+    total: Values = out.sum(1)
+    return total
 
 
 def add_pairs(operation: str, x: NDArray[np.float32], y: NDArray[np.float32], out: Values) -> None:
@@ -103,28 +102,31 @@ def fill_tables(
 def count_sums(p: NDArray[Any], q: NDArray[Any], smoothing: float, drop: bool) -> Values:
     """KL divergence of rows of counts and what goes with it: the columns of the kernel ``counts``.
 
-    ``p`` and ``q`` are tables of the same shape, in int32, int64 or a floating-point dtype.
+    ``p`` and ``q`` are tables of the same shape and dtype: int32, int64 or a floating-point dtype.
     """
     n, width = p.shape
     out = np.empty((n, COUNT_COLUMNS))
     counter = np.zeros(1, np.int64)
-    function = _kernel("counts", (p.dtype.name, q.dtype.name), "q" * 10 + "d")
+    function = _kernel("counts", (p.dtype.name,), "q" * 10 + "d")
     chunk = _cut(n, width)[0]
     arguments = (
-        p.ctypes.data, p.strides[0], q.ctypes.data, q.strides[0], width, n, _address(counter), chunk,
-        int(drop), _address(out), smoothing,
+        p.ctypes.data, p.strides[0], q.ctypes.data, q.strides[0], width, n, _address(counter),
+        chunk, int(drop), _address(out), smoothing,
     )  # fmt: skip
     _launch(function, arguments, 2 * p.size, alone=False)
     return out
 
 
 def moments(log_p: Rows, log_q: Rows, estimator: str) -> tuple[Values, Values]:
-    """Mean of an estimator over each row of log-probabilities, and the sum of squares about it."""
+    """Mean of an estimator over each row of log-probabilities, and the sum of squares about it.
+
+    Both are of the same dtype.
+    """
     n, width = log_p.count, log_p.width
     parts = -(-width // SAMPLES)
     out = np.empty((n, parts, 2))
     counter = np.zeros(1, np.int64)
-    function = _kernel("moments", (log_p.dtype, log_q.dtype, estimator), "q" * 10)
+    function = _kernel("moments", (log_p.dtype, estimator), "q" * 10)
     arguments = (
         log_p.address, log_p.row_stride, log_q.address, log_q.row_stride, width, n,
         _address(counter), parts, SAMPLES, _address(out),

@@ -135,14 +135,14 @@ def build(dtype, prior, gradient):
     @inline
     def terms(mp, lp, mq, lq, j, n):
         """(phi, d w, d, expm1) of one vector."""
-        m, l = read(mp, j, n), read(lp, j, n)
+        m, own = read(mp, j, n), read(lp, j, n)
         if prior:
-            phi, expm1 = functions(l, splat(0.0))
+            phi, expm1 = functions(own, splat(0.0))
             return phi, m, m, expm1
         other = read(lq, j, n)
-        t = l - other
-        back = t - l
-        lost = (l - (t - back)) - (other + back)
+        t = own - other
+        back = t - own
+        lost = (own - (t - back)) - (other + back)
         phi, expm1 = functions(t, lost)
         d = m - read(mq, j, n)
         return phi, d * exponential(-other), d, expm1

@@ -28,10 +28,9 @@ from .simd import (
 )
 
 
-def build(dtype_p, dtype_q, estimator):
-    load_p, load_q = loader(dtype_p, f64v), loader(dtype_q, f64v)
-    tail_p, tail_q = tail_loader(dtype_p, f64v), tail_loader(dtype_q, f64v)
-    size_p, size_q = ITEMSIZE[dtype_p], ITEMSIZE[dtype_q]
+def build(dtype, estimator):
+    load, load_tail = loader(dtype, f64v), tail_loader(dtype, f64v)
+    size = ITEMSIZE[dtype]
 
     @inline
     def estimate(p, q):
@@ -53,24 +52,24 @@ def build(dtype_p, dtype_q, estimator):
             row = task // parts
             start = (task - row * parts) * part_width
             n = min(part_width, width - start)
-            x = p + row * p_stride + start * size_p
-            y = q + row * q_stride + start * size_q
+            x = p + row * p_stride + start * size
+            y = q + row * q_stride + start * size
             only = lanes_below(splat64(0.0), 1)
-            first = estimate(tail_p(x, 1), tail_q(y, 1))
+            first = estimate(load_tail(x, 1), load_tail(y, 1))
             origin = hmax(where(only, first, -math.inf))
             if not abs(origin) < math.inf:
                 origin = 0.0
             total, squares = splat64(0.0), splat64(0.0)
             j = 0
             while j + LANES64 <= n:
-                prefetch(x + j * size_p + 2048)
-                prefetch(y + j * size_q + 2048)
-                v = estimate(load_p(x + j * size_p), load_q(y + j * size_q)) - origin
+                prefetch(x + j * size + 2048)
+                prefetch(y + j * size + 2048)
+                v = estimate(load(x + j * size), load(y + j * size)) - origin
                 total = total + v
                 squares = fma(v, v, squares)
                 j += LANES64
             if j < n:
-                v = estimate(tail_p(x + j * size_p, n - j), tail_q(y + j * size_q, n - j))
+                v = estimate(load_tail(x + j * size, n - j), load_tail(y + j * size, n - j))
                 v = where(lanes_below(v, n - j), v - origin, 0.0)
                 total = total + v
                 squares = fma(v, v, squares)

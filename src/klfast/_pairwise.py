@@ -107,7 +107,8 @@ def pairwise(p: Any, q: Any = None, metric: str = "kl", **options: Unpack[Pairwi
     first, second = batches
     if first.place != second.place:
         raise TypeError(
-            f"p is {first.place}, q is {second.place}; accepted: arrays of one library on one device"
+            f"p is {first.place}, q is {second.place}; accepted: arrays of one library on one "
+            "device"
         )
     if first.p.width != second.p.width:
         raise ValueError(
@@ -118,7 +119,7 @@ def pairwise(p: Any, q: Any = None, metric: str = "kl", **options: Unpack[Pairwi
     first.widest = "float64" if wide else "float32"
     dtype, _ = target_of(first, (first.p.count, second.p.count))
     same = (q is None or q is p) and temperatures[0] == temperatures[1]
-    values = _all_pairs(operation.name, parameters, *sides, first.widest, same)
+    values = _all_pairs(operation.name, parameters, sides[0], sides[1], first.widest, same)
     if operation.logarithmic and settings.base is not None:
         values = values / settings.unit
     return wrap(encode(values, dtype), dtype, first.place, p)

@@ -29,7 +29,7 @@ __all__ = ["Given", "check_axis", "given", "plain_rows"]
 
 Values = NDArray[np.float64]
 
-NUMBERS = bool | int | float | list | tuple | np.generic
+NUMBERS = (bool, int, float, list, tuple, np.generic)
 
 
 @dataclass(frozen=True, slots=True)

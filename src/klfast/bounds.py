@@ -53,7 +53,7 @@ def bretagnolle_huber(kl: Any) -> Any:
 
 
 def kl_from_tv(tv: Any) -> Any:
-    """Lower bound of KL by the total variation: the larger of Pinsker's and Bretagnolle and Huber's.
+    """Lower bound of KL by the total variation, the larger of those of the two functions above.
 
     max(2 TV^2, -log(1 - TV^2)); sources: `pinsker`, `bretagnolle_huber`.
     """
@@ -79,14 +79,15 @@ def kl_from_hellinger2(hellinger2: Any) -> Any:
 
 
 def hellinger2_from_kl(kl: Any) -> Any:
-    """Upper bound of the squared Hellinger distance: 1 - exp(-KL / 2); from `kl_from_hellinger2`."""
+    """Upper bound of the squared Hellinger distance, 1 - exp(-KL / 2); see `kl_from_hellinger2`."""
     return _of({"kl": kl}, lambda x: -np.expm1(-0.5 * x))
 
 
 def kl_from_chi2(chi2: Any) -> Any:
     """Upper bound of KL: log(1 + chi^2), the Rényi divergence of order 2.
 
-    Source: as `kl_from_hellinger2`; Gibbs and Su, On Choosing and Bounding Probability Metrics, 2002.
+    Source: as `kl_from_hellinger2`; Gibbs and Su, On Choosing and Bounding Probability Metrics,
+    2002.
     """
     return _of({"chi2": chi2}, np.log1p)
 

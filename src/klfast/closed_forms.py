@@ -58,7 +58,8 @@ def bernoulli_kl(p: Any, q: Any, *, input: Literal["probs", "logits"] = "probs")
         p log(p/q) + (1-p) log((1-p)/(1-q)), from two terms that are never negative.
 
     Arguments:
-        p, q: probabilities in [0, 1], or logits log(p / (1-p)), of any shapes that broadcast.
+        p: probabilities in [0, 1], or logits log(p / (1-p)), of any shape.
+        q: the same of Q, of a shape that broadcasts with it.
         input: which of them.
 
     Returns:
@@ -93,7 +94,8 @@ def dirichlet_kl(p: Any, q: Any) -> Any:
         B, where x and y are close, as the integral of (y - t) psi'(t) from x to y.
 
     Arguments:
-        p, q: concentrations above 0, shape (..., n), batch axes that broadcast.
+        p: concentrations of P, above 0, shape (..., n).
+        q: those of Q; batch axes broadcast.
 
     Returns:
         One value a row; NaN where a concentration is not above 0.
@@ -110,14 +112,16 @@ def dirichlet_kl(p: Any, q: Any) -> Any:
         check_axis(name, x.shape)
     if a.shape[-1] != b.shape[-1]:
         raise ValueError(
-            f"p and q have {a.shape[-1]} and {b.shape[-1]} concentrations; accepted: the same number"
+            f"p and q have {a.shape[-1]} and {b.shape[-1]} concentrations; accepted: the same "
+            "number"
         )
     a, b = np.broadcast_arrays(a, b)
-    valid = ((a > 0.0) & (b > 0.0) & np.isfinite(a) & np.isfinite(b)).all(-1)
-    safe_a = np.where(valid[..., None], a, 1.0)
-    change = np.where(valid[..., None], b, 1.0) - safe_a
+    inside = (a > 0.0) & (b > 0.0) & np.isfinite(a) & np.isfinite(b)
+    valid = np.all(inside, -1, keepdims=True)
+    safe_a = np.where(valid, a, 1.0)
+    change = np.where(valid, b, 1.0) - safe_a
     value = np.sum(_bregman(safe_a, change), -1) - _bregman(safe_a.sum(-1), change.sum(-1))
-    return origin.result(np.where(valid, np.maximum(value, 0.0), np.nan))
+    return origin.result(np.where(valid[..., 0], np.maximum(value, 0.0), np.nan))
 
 
 #: Nodes in (0, 1) and weights of Gauss and Legendre: enough for the smooth psi' of a short way.

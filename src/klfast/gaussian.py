@@ -72,8 +72,10 @@ def kl_divergence(mean_p: Any, logvar_p: Any, mean_q: Any = None, logvar_q: Any 
         t = logvar_p - logvar_q. Every term is >= 0.
 
     Arguments:
-        mean_p, logvar_p: means and logarithms of variances of P, shape (..., n).
-        mean_q, logvar_q: those of Q; the standard normal distribution if left out.
+        mean_p: means of P, shape (..., n).
+        logvar_p: logarithms of its variances.
+        mean_q: means of Q; with the next one, the standard normal distribution if left out.
+        logvar_q: logarithms of its variances.
 
     Returns:
         One value a row, in nats, of the shape of the batch.
@@ -96,7 +98,10 @@ def value_and_grad(
         log-variance of P; -d and -(exp(t) - 1 + d (mean_p - mean_q))/2 to those of Q.
 
     Arguments:
-        mean_p, logvar_p, mean_q, logvar_q: as for `kl_divergence`, here all of one shape.
+        mean_p: as for `kl_divergence`, and so are the others; here all of one shape and dtype.
+        logvar_p: log-variances of P.
+        mean_q: means of Q.
+        logvar_q: log-variances of Q.
         grad_scale: what gradients are multiplied with, a number or one a row: that of the loss
             which the divergence is a term of.
 
@@ -157,7 +162,7 @@ def renyi_divergence(
         distributions, 2013.
     """
     batch = _diagonal(mean_p, logvar_p, mean_q, logvar_q)
-    return batch.given.result(_renyi(*batch.parameters(), _order(alpha)))
+    return batch.given.result(_renyi(_order(alpha), *batch.parameters()))
 
 
 def bhattacharyya_distance(
@@ -175,9 +180,7 @@ def bhattacharyya_distance(
     return batch.given.result(_bhattacharyya(*batch.parameters()))
 
 
-def squared_hellinger(
-    mean_p: Any, logvar_p: Any, mean_q: Any = None, logvar_q: Any = None
-) -> Any:
+def squared_hellinger(mean_p: Any, logvar_p: Any, mean_q: Any = None, logvar_q: Any = None) -> Any:
     """Squared Hellinger distance, in [0, 1], without unit: 1 - exp(-bhattacharyya_distance)."""
     batch = _diagonal(mean_p, logvar_p, mean_q, logvar_q)
     return batch.given.result(-np.expm1(-_bhattacharyya(*batch.parameters())))
@@ -215,8 +218,10 @@ def kl_divergence_full(mean_p: Any, cov_p: Any, mean_q: Any, cov_q: Any) -> Any:
         1/2 [sum (e - log(1 + e)) + |L^-1 d|^2], where nothing cancels.
 
     Arguments:
-        mean_p, mean_q: means, shape (..., n).
-        cov_p, cov_q: covariances, shape (..., n, n), symmetric and positive definite.
+        mean_p: means of P, shape (..., n).
+        cov_p: its covariances, shape (..., n, n), symmetric and positive definite.
+        mean_q: means of Q.
+        cov_q: its covariances.
 
     Returns:
         One value a Gaussian, in nats.
@@ -232,13 +237,11 @@ def kl_divergence_full(mean_p: Any, cov_p: Any, mean_q: Any, cov_q: Any) -> Any:
     return origin.result(_kl(d, t, zero, zero))
 
 
-def renyi_divergence_full(
-    mean_p: Any, cov_p: Any, mean_q: Any, cov_q: Any, *, alpha: float
-) -> Any:
+def renyi_divergence_full(mean_p: Any, cov_p: Any, mean_q: Any, cov_q: Any, *, alpha: float) -> Any:
     """Rényi divergence of order `alpha` > 0; arguments as `kl_divergence_full`."""
     origin, d, t = _whitened(mean_p, cov_p, mean_q, cov_q)
     zero = np.zeros(1)
-    return origin.result(_renyi(d, t, zero, zero, _order(alpha)))
+    return origin.result(_renyi(_order(alpha), d, t, zero, zero))
 
 
 def bhattacharyya_distance_full(mean_p: Any, cov_p: Any, mean_q: Any, cov_q: Any) -> Any:
@@ -278,9 +281,7 @@ def wasserstein_distance_full(mean_p: Any, cov_p: Any, mean_q: Any, cov_q: Any) 
 # Diffusion models
 
 
-def diffusion_kl(
-    x_0: Any, predicted_x_0: Any, betas: Any, steps: Any, logvar: Any = None
-) -> Any:
+def diffusion_kl(x_0: Any, predicted_x_0: Any, betas: Any, steps: Any, logvar: Any = None) -> Any:
     """KL term of one denoising step in the variational bound of a diffusion model.
 
     Formula:
@@ -360,10 +361,11 @@ def _apart(lp: Values, lq: Values) -> Values:
 def _kl(mp: Values, lp: Values, mq: Values, lq: Values) -> Values:
     t = _apart(lp, lq)
     with np.errstate(all="ignore"):
-        return 0.5 * np.sum(_phi(t) + _distance(mp - mq, lq), -1)
+        total: Values = 0.5 * np.sum(_phi(t) + _distance(mp - mq, lq), -1)
+    return total
 
 
-def _renyi(mp: Values, lp: Values, mq: Values, lq: Values, alpha: float) -> Values:
+def _renyi(alpha: float, mp: Values, lp: Values, mq: Values, lq: Values) -> Values:
     """Rényi divergence, each term as 1/2 [phi(t) - excess((1-alpha) v) / (1-alpha)] and a distance.
 
     v = expm1(t), so that s / v_q = 1 + (1-alpha) v. Below order 1/2 the arguments change places:
@@ -372,7 +374,7 @@ def _renyi(mp: Values, lp: Values, mq: Values, lq: Values, alpha: float) -> Valu
     if alpha == 1.0:
         return _kl(mp, lp, mq, lq)
     if alpha < 0.5:
-        return alpha / (1.0 - alpha) * _renyi(mq, lq, mp, lp, 1.0 - alpha)
+        return alpha / (1.0 - alpha) * _renyi(1.0 - alpha, mq, lq, mp, lp)
     t = _apart(lp, lq)
     rest = 1.0 - alpha
     with np.errstate(all="ignore"):
@@ -383,7 +385,9 @@ def _renyi(mp: Values, lp: Values, mq: Values, lq: Values, alpha: float) -> Valu
         far = 0.5 * (log_s / rest - t)
         spread = np.where(np.abs(t) < 1.0, close, far)
         terms = spread + 0.5 * alpha * _distance(mp - mq, lq + log_s)
-        return np.sum(np.where(1.0 + share <= 0.0, np.inf, np.maximum(terms, 0.0)), -1)
+        terms = np.where(1.0 + share <= 0.0, np.inf, np.maximum(terms, 0.0))
+    total: Values = np.sum(terms, -1)
+    return total
 
 
 def _bhattacharyya(mp: Values, lp: Values, mq: Values, lq: Values) -> Values:
@@ -392,9 +396,12 @@ def _bhattacharyya(mp: Values, lp: Values, mq: Values, lq: Values) -> Values:
     with np.errstate(all="ignore"):
         small = np.log1p(2.0 * np.sinh(0.25 * np.clip(t, -4.0, 4.0)) ** 2)
         half = 0.5 * np.abs(t)
-        log_cosh = np.where(np.abs(t) < 4.0, small, half - math.log(2.0) + np.log1p(np.exp(-2 * half)))
+        log_cosh = np.where(
+            np.abs(t) < 4.0, small, half - math.log(2.0) + np.log1p(np.exp(-2 * half))
+        )
         middle = 0.5 * (lp + lq) + log_cosh  # log((v_p + v_q) / 2)
-        return np.sum(0.5 * log_cosh + 0.125 * _distance(mp - mq, middle), -1)
+        total: Values = np.sum(0.5 * log_cosh + 0.125 * _distance(mp - mq, middle), -1)
+    return total
 
 
 def _order(alpha: float) -> float:
@@ -505,16 +512,15 @@ def _full(
 
 def _cholesky(name: str, covariance: Values) -> Values:
     try:
-        return np.linalg.cholesky(covariance)
+        factor: Values = np.linalg.cholesky(covariance).astype(np.float64, copy=False)
     except np.linalg.LinAlgError:
         raise ValueError(
             f"{name} is not positive definite; accepted: symmetric positive definite"
         ) from None
+    return factor
 
 
-def _whitened(
-    mean_p: Any, cov_p: Any, mean_q: Any, cov_q: Any
-) -> tuple[Given, Values, Values]:
+def _whitened(mean_p: Any, cov_p: Any, mean_q: Any, cov_q: Any) -> tuple[Given, Values, Values]:
     """The coordinates where Q is standard and P diagonal: means and log-variances of P.
 
     The divergences do not change when both Gaussians are transformed alike.

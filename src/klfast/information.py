@@ -52,7 +52,7 @@ def mutual_information(
     """Mutual information of the two variables of a joint distribution.
 
     Formula:
-        I(X; Y) = KL(joint, product of its marginals), computed as `kl_divergence` computes it: never
+        I(X; Y) = KL(joint, product of its marginals), as `kl_divergence` computes it: never
         negative, and exact also where the variables are nearly independent.
         correction="miller_madow", for counts: less the bias to the first order of 1/N,
         (K_xy - K_x - K_y + 1) / (2 N) with K the numbers of different pairs, x and y that were
@@ -92,7 +92,8 @@ def conditional_entropy(joint: Any, input: Input = "logits", *, given_axis: int 
         H(Y | X) = sum over x of p(x) H(Y | X = x).
 
     Arguments:
-        joint, input: as for `mutual_information`.
+        joint: as for `mutual_information`.
+        input: as for `mutual_information`.
         given_axis: the axis of the known variable: -2 for H(Y | X), -1 for H(X | Y).
 
     Returns:
@@ -124,9 +125,10 @@ def information_bottleneck(
         objective: rate - beta relevance, which the best encoder makes smallest.
 
     Arguments:
-        joint: p(x, y), shape (..., X, Y), read as `input` says.
+        joint: p(x, y), shape (..., X, Y).
         encoder: logits of p(z | x), shape (..., X, Z).
         beta: how much relevance is worth, from 0.
+        input: what the joint distribution is given as, as for `mutual_information`.
 
     Returns:
         rate, relevance and objective, one a table, in nats.
@@ -216,9 +218,7 @@ class Calibration:
             try:
                 from matplotlib.figure import Figure
             except ImportError as error:
-                raise ImportError(
-                    'this needs matplotlib: pip install "klfast[plot]"'
-                ) from error
+                raise ImportError('this needs matplotlib: pip install "klfast[plot]"') from error
             axes = Figure(figsize=(4, 4)).subplots()
         axes.plot([0, 1], [0, 1], color="0.7", linewidth=1, zorder=1)
         filled = self.count > 0
@@ -226,7 +226,8 @@ class Calibration:
         axes.plot(self.predicted[filled], self.observed[filled], color="C0", linewidth=1)
         axes.scatter(self.predicted[filled], self.observed[filled], s=4 + area, alpha=0.6)
         axes.set(xlabel="predicted probability", ylabel="observed frequency",
-                 xlim=(0, 1), ylim=(0, 1), title=f"KL {self.kl:.3g}, error {self.error:.3g}")  # fmt: skip
+                 xlim=(0, 1), ylim=(0, 1),
+                 title=f"KL {self.kl:.3g}, error {self.error:.3g}")  # fmt: skip
         return axes
 
 
@@ -321,7 +322,8 @@ def _information(table: Values, input: str) -> Values:
 def _log_marginal(table: Values, kind: Any) -> Values:
     """The logarithms of p(x)."""
     rows = _log_sums(table, kind)
-    return rows - np.asarray(logsumexp(rows))[..., None]
+    normalized: Values = rows - np.asarray(logsumexp(rows))[..., None]
+    return normalized
 
 
 def _log_sums(table: Values, kind: Any) -> Values:

@@ -38,9 +38,9 @@ def kl_from_counts(
         (K - 1)/(2 N) + sum p (1 - q)/(2 M q). It may be negative.
 
     Arguments:
-        p, q: counts, numbers from 0, shape (..., V) that broadcast against each other: NumPy arrays
-            or whatever NumPy makes one of, or SciPy's sparse matrices of shape (rows, V), which are
-            read as they are.
+        p: counts, numbers from 0, shape (..., V): a NumPy array or whatever NumPy makes one of, or
+            one of SciPy's sparse matrices of shape (rows, V), which is read as it is.
+        q: counts that broadcast with them; sparse if the others are.
         method: "plugin", "laplace" or "miller_madow".
         smoothing: what "laplace" adds, above 0.
         unseen: what becomes of symbols that were counted of P and never of Q: "infinite", as the
@@ -51,8 +51,8 @@ def kl_from_counts(
         One value a row, in nats, float64. A row without counts gives NaN.
 
     Raises:
-        ValueError: for negative counts or NaN, shapes that do not fit, an unknown method, or symbols
-            that Q lacks where these are refused.
+        ValueError: for negative counts or NaN, shapes that do not fit, an unknown method, or
+            symbols that Q lacks where these are refused.
 
     Source:
         Miller, Note on the bias of information estimates, 1955; Zhang and Grabchak, Nonparametric
@@ -92,7 +92,8 @@ def entropy_from_counts(counts: Any, method: Method = "plugin", *, smoothing: fl
 
     Arguments:
         counts: numbers from 0, shape (..., V), as for `kl_from_counts`; dense or sparse.
-        method, smoothing: as for `kl_from_counts`.
+        method: as for `kl_from_counts`.
+        smoothing: what "laplace" adds.
 
     Returns:
         One value a row, in nats, float64. A row without counts gives NaN.
@@ -161,18 +162,19 @@ def _dense_sums(p: Any, q: Any, added: float, drop: bool) -> tuple[Values, tuple
         a, b = np.broadcast_arrays(a, b)
     except ValueError:
         raise ValueError(
-            f"p and q have shapes {a.shape} and {b.shape}; accepted: batch axes that broadcast, and "
-            "the same number of symbols"
+            f"p and q have shapes {a.shape} and {b.shape}; accepted: batch axes that broadcast, "
+            "and the same number of symbols"
         ) from None
     shape, width = a.shape[:-1], a.shape[-1]
-    tables = [np.ascontiguousarray(each).reshape(-1, width) for each in (a, b)]
+    dtype = np.result_type(a, b)
+    tables = [np.ascontiguousarray(each, dtype).reshape(-1, width) for each in (a, b)]
     kernels = compiled()
     if kernels is not None:
         sums: Values = kernels.count_sums(*tables, added, drop)
         return sums, shape
     rows, _ = np.indices(tables[0].shape)
-    flat = (each.astype(np.float64).ravel() for each in tables)
-    return _sums(rows.ravel(), *flat, len(tables[0]), width, added, drop), shape
+    w, v = (each.astype(np.float64).ravel() for each in tables)
+    return _sums(rows.ravel(), w, v, len(tables[0]), width, added, drop), shape
 
 
 def _sparse_sums(p: Any, q: Any, added: float, drop: bool) -> tuple[Values, tuple[int, ...]]:
@@ -191,10 +193,10 @@ def _sparse_sums(p: Any, q: Any, added: float, drop: bool) -> tuple[Values, tupl
         keys.append(rows * width + csr.indices)
         values.append(csr.data.astype(np.float64))
     union = np.union1d(*keys)
-    tables = [np.zeros(len(union)), np.zeros(len(union))]
-    for table, key, value in zip(tables, keys, values, strict=True):
+    w, v = np.zeros(len(union)), np.zeros(len(union))
+    for table, key, value in zip((w, v), keys, values, strict=True):
         table[np.searchsorted(union, key)] = value
-    return _sums(union // width, *tables, n, width, added, drop), (n,)
+    return _sums(union // width, w, v, n, width, added, drop), (n,)
 
 
 def _sums(
@@ -229,4 +231,4 @@ def _terms(w: Values, v: Values, total_p: Values, total_q: Values) -> Values:
 
 
 def _by_row(rows: NDArray[np.int64], values: NDArray[Any], n: int) -> Values:
-    return np.bincount(rows, values, minlength=n)
+    return np.bincount(rows, values.astype(np.float64), minlength=n).astype(np.float64, copy=False)

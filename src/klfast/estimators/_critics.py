@@ -125,4 +125,6 @@ def _log_sum_exp(x: Values) -> Values:
 def _variance_of_mean(x: Values) -> Values:
     n = x.shape[-1]
     with np.errstate(all="ignore"):
-        return np.sum((x - x.mean(-1, keepdims=True)) ** 2, -1) / (n * np.float64(n - 1))
+        squares = np.sum((x - x.mean(-1, keepdims=True)) ** 2, -1)
+        variance: Values = squares / (n * np.float64(n - 1))
+    return variance

@@ -11,8 +11,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from .._dispatch import compiled
 from .._elementary import excess
-from .._values import check_axis, given, plain_rows
 from .._scipy import scipy
+from .._values import check_axis, given, plain_rows
 
 __all__ = ["Estimate", "knn_kl", "monte_carlo_kl"]
 
@@ -29,9 +29,7 @@ class Estimate(NamedTuple):
     standard_error: Any
 
 
-def monte_carlo_kl(
-    log_p: Any, log_q: Any, estimator: Literal["k1", "k2", "k3"] = "k1"
-) -> Estimate:
+def monte_carlo_kl(log_p: Any, log_q: Any, estimator: Literal["k1", "k2", "k3"] = "k1") -> Estimate:
     """Estimate KL(P, Q) from log-probabilities (or densities) of samples drawn from P.
 
     Formula:
@@ -39,8 +37,9 @@ def monte_carlo_kl(
         standard error, sqrt(sum (k - mean)^2 / (n (n-1))).
 
     Arguments:
-        log_p, log_q: shape (..., n), n samples each: NumPy arrays, PyTorch tensors or JAX arrays on
-            the CPU, numbers or lists.
+        log_p: those of P, shape (..., n), n samples each: NumPy arrays, PyTorch tensors or JAX
+            arrays on the CPU, numbers or lists.
+        log_q: those of Q at the same samples.
         estimator: "k1" is unbiased; "k3" is too, never negative and less noisy where P and Q are
             close, but has no finite variance where Q is much wider than P; "k2" is biased by the
             third order of r.
@@ -66,17 +65,18 @@ def monte_carlo_kl(
     batch, n = shape[:-1], shape[-1]
     kernels = compiled()
     rows = [plain_rows(view, batch, n) for view in views]
-    if kernels is not None and all(each is not None for each in rows):
+    alike = views[0].dtype == views[1].dtype
+    if kernels is not None and alike and all(each is not None for each in rows):
         mean, squares = kernels.moments(*rows, estimator)
     else:
-        mean, squares = _moments(*np.broadcast_arrays(*origin.values()), estimator)
+        mean, squares = _moments(estimator, *np.broadcast_arrays(*origin.values()))
     with np.errstate(all="ignore"):
         error = np.sqrt(squares / (n * np.float64(n - 1)))
     dtype = "float64" if origin.place.kind != "JAX" else origin.dtype
     return Estimate(*(origin.result(each.reshape(batch), dtype) for each in (mean, error)))
 
 
-def _moments(p: Values, q: Values, estimator: str) -> tuple[Values, Values]:
+def _moments(estimator: str, p: Values, q: Values) -> tuple[Values, Values]:
     with np.errstate(all="ignore"):
         r = np.where(p == q, 0.0, p - q)
         if estimator == "k1":
