@@ -17,7 +17,7 @@ help:
 	@echo "make test    run the tests"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  let ruff format and repair what it can"
-	@echo "make docs    write docs/operations.md again"
+	@echo "make docs    write docs/operations.md and docs/guide.md again"
 	@echo "make bench   measure against NumPy, SciPy, PyTorch and JAX (minutes; needs a quiet machine)"
 	@echo "make clean   remove .venv and all caches"
 
@@ -47,8 +47,9 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-docs: $(VENV)/.eval
+docs: $(VENV)/.dev
 	$(BIN)/python docs/operations.py
+	$(BIN)/python docs/guide.py
 
 bench: $(VENV)/.peers
 	$(BIN)/python benchmarks/run.py $(ARGS)

@@ -224,7 +224,8 @@ def _logits(n: int, seed: int, width: int = 32768) -> NDArray[np.float32]:
 
 def _log_softmax(x: NDArray[np.float32]) -> NDArray[np.float32]:
     shifted = x - x.max(-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    logs: NDArray[np.float32] = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return logs
 
 
 def _pairs(metric: str, n: int) -> Runs:

@@ -116,6 +116,17 @@ def test_the_table_of_operations_is_current() -> None:
     assert written == page(), "write it again with: make docs"
 
 
+def test_the_guide_is_current(tmp_path: Path) -> None:
+    for package in ("matplotlib", "scipy"):
+        pytest.importorskip(package)
+    page: Callable[[Path], str] = runpy.run_path(str(ROOT / "docs/guide.py"))["page"]
+    written = (ROOT / "docs/guide.md").read_text(encoding="utf-8")
+    assert agree(written, page(tmp_path / "guide")), "write it again with: make docs"
+    drawn, kept = (sorted(each.glob("*.svg")) for each in (tmp_path / "guide", ROOT / "docs/guide"))
+    assert [each.name for each in drawn] == [each.name for each in kept]
+    assert sum(each.stat().st_size for each in kept) < 400_000
+
+
 @pytest.mark.parametrize("text", TEXTS, ids=str)
 def test_links_lead_somewhere(text: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / text).read_text(encoding="utf-8")):
