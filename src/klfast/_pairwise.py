@@ -222,7 +222,11 @@ def _all_pairs(
     if method is None:
         values, doubtful = np.empty(shape), np.ones(shape, np.bool_)
     else:
-        bad_p, bad_q = p.prepare(), q.prepare()
+        bad_p = bad_q = p.prepare()
+        if same:
+            q.shifts = p.shifts
+        else:
+            bad_q = q.prepare()
         with np.errstate(all="ignore"):
             values, doubtful = method(name, parameters, p, q, dtype, same)
         doubtful |= bad_p[:, None] | bad_q
@@ -239,6 +243,8 @@ def _again(
     doubtful: NDArray[np.bool_],
 ) -> None:
     """Compute pairs one by one, those of a few rows after each other."""
+    if not doubtful.any():
+        return
     i, j = np.nonzero(doubtful)
     row_bytes = p.rows.width * 4
     block = max(1, CACHE // (2 * row_bytes))
@@ -298,9 +304,10 @@ def _products(
     else:
         values = np.empty((p.rows.count, q.rows.count))
         return values, np.ones_like(values, np.bool_)
-    # A row that is no distribution makes its product NaN; the kernels say what the result is.
-    doubtful &= ~infinite | np.isnan(s.product)
-    values[infinite] = np.inf
+    if infinite.any():
+        # A row that is no distribution makes its product NaN; the kernels say what the result is.
+        doubtful &= ~infinite | np.isnan(s.product)
+        values[infinite] = np.inf
     return values, doubtful
 
 
