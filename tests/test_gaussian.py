@@ -348,3 +348,30 @@ def test_not_a_number_stays_in_its_row() -> None:
     result = gaussian.kl_divergence(mean, logvar)
     assert np.isnan(result[:2]).all()
     assert result[2] == 0
+
+
+def test_torch_differentiates_it_also_when_compiled() -> None:
+    torch = pytest.importorskip("torch")
+    from klfast.torch import gaussian_kl_divergence
+
+    arrays = cases(0.5, np.float32)
+    leaves = [torch.tensor(a, requires_grad=True) for a in arrays]
+
+    def loss(a: Any, b: Any, c: Any, d: Any) -> Any:
+        return 2.0 * gaussian_kl_divergence(a, b, c, d, reduction="mean")
+
+    expected = gaussian.value_and_grad(*arrays, grad_scale=2.0 / 3.0)
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        for leaf in leaves:
+            leaf.grad = None
+        value = function(*leaves)
+        value.backward()
+        assert float(value.detach()) == pytest.approx(2 * float(expected.value.mean()), rel=1e-6)
+        for leaf, gradient in zip(leaves, expected.gradients, strict=True):
+            np.testing.assert_allclose(leaf.grad, gradient, rtol=1e-6)
+    mean, logvar = (leaf.detach().requires_grad_() for leaf in leaves[:2])
+    gaussian_kl_divergence(mean, logvar.detach(), reduction="sum").backward()
+    np.testing.assert_allclose(mean.grad, arrays[0], rtol=1e-6)
+    assert logvar.grad is None
+    with pytest.raises(ValueError, match="accepted: one shape and dtype"):
+        gaussian_kl_divergence(mean, logvar[:1])

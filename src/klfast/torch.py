@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 import klfast
 
+from . import gaussian
 from ._gradients import differentiable, value_and_grad
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "cross_entropy",
     "distillation_loss",
     "entropy",
+    "gaussian_kl_divergence",
     "generalized_jsd_loss",
     "jeffreys_divergence",
     "js_divergence",
@@ -565,3 +567,80 @@ def linear_distillation_loss(
         None if where is None else where.flatten(), divergence, float(temperature), block_bytes,
     )  # fmt: skip
     return loss * temperature**2
+
+
+# Gaussians, whose gradients come from the same kernel as the value
+
+
+@torch.library.custom_op("klfast::gaussian_kl", mutates_args=())
+def _gaussian_kl(
+    mean_p: Tensor, logvar_p: Tensor, mean_q: Tensor | None, logvar_q: Tensor | None
+) -> Tensor:
+    given = (mean_p, logvar_p, mean_q, logvar_q)
+    value: Tensor = gaussian.kl_divergence(*(None if x is None else x.detach() for x in given))
+    return value
+
+
+@_gaussian_kl.register_fake
+def _(mean_p: Tensor, logvar_p: Tensor, mean_q: Tensor | None, logvar_q: Tensor | None) -> Tensor:
+    return mean_p.new_empty(mean_p.shape[:-1], dtype=_result_dtype(mean_p, None))
+
+
+@torch.library.custom_op("klfast::gaussian_kl_gradient", mutates_args=())
+def _gaussian_kl_gradient(
+    mean_p: Tensor, logvar_p: Tensor, mean_q: Tensor | None, logvar_q: Tensor | None, scale: Tensor
+) -> list[Tensor]:
+    p = mean_p.detach(), logvar_p.detach()
+    q = () if mean_q is None or logvar_q is None else (mean_q.detach(), logvar_q.detach())
+    return list(gaussian.value_and_grad(*p, *q, grad_scale=scale.detach()).gradients)
+
+
+@_gaussian_kl_gradient.register_fake
+def _(
+    mean_p: Tensor, logvar_p: Tensor, mean_q: Tensor | None, logvar_q: Tensor | None, scale: Tensor
+) -> list[Tensor]:
+    return [mean_p.new_empty(mean_p.shape) for _ in range(2 if mean_q is None else 4)]
+
+
+def _save_gaussian(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _gaussian_backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
+    gradients = _gaussian_kl_gradient(*ctx.saved_tensors, upstream)
+    return tuple(
+        gradient if needed else None
+        for gradient, needed in zip([*gradients, None, None][:4], ctx.needs_input_grad, strict=True)
+    )
+
+
+_gaussian_kl.register_autograd(_gaussian_backward, setup_context=_save_gaussian)
+_gaussian_kl_gradient.register_autograd(_no_second_derivative)
+
+
+def gaussian_kl_divergence(
+    mean_p: Tensor,
+    logvar_p: Tensor,
+    mean_q: Tensor | None = None,
+    logvar_q: Tensor | None = None,
+    reduction: Reduction = "none",
+) -> Tensor:
+    """KL divergence of Gaussians with diagonal covariance: the regularizer of an autoencoder.
+
+    `klfast.gaussian.kl_divergence`, differentiable in all its arguments.
+
+    Arguments:
+        mean_p: means of P, shape (..., n); all arguments have one shape and dtype.
+        logvar_p: logarithms of its variances.
+        mean_q: means of Q; with the next one, the standard normal distribution if left out.
+        logvar_q: logarithms of its variances.
+        reduction: "none", or "mean" or "sum" over the batch.
+    """
+    given = [x for x in (mean_p, logvar_p, mean_q, logvar_q) if x is not None]
+    if len({(x.shape, x.dtype) for x in given}) > 1:
+        text = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in given)
+        raise ValueError(f"the arguments are {text}; accepted: one shape and dtype")
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"reduction is {reduction!r}; accepted: 'none', 'mean', 'sum'")
+    value: Tensor = _gaussian_kl(mean_p, logvar_p, mean_q, logvar_q)
+    return value if reduction == "none" else getattr(value, reduction)()
