@@ -122,6 +122,9 @@ def jobs(scale: float) -> dict[str, Runs]:
     samples = int(1e7 * scale)
     found |= {f"Monte Carlo {k}, {samples} samples, float64": _monte_carlo(k, samples)
               for k in ("k1", "k3")}  # fmt: skip
+    found[f"Donsker-Varadhan, {samples} scores each, float32"] = _critic(samples)
+    n = max(64, int(4096 * scale))
+    found[f"InfoNCE, {n} x {n} scores, float32"] = _contrast(n)
     found["KL by neighbours, 2000 and 2000 samples in 3 dimensions"] = _neighbours(2000)
     return found
 
@@ -293,6 +296,39 @@ def _monte_carlo(estimator: Any, n: int) -> Runs:
         "klfast": lambda: estimators.monte_carlo_kl(log_p, log_q, estimator),
         "plain read": _read(log_p, log_q),
         "NumPy": by_numpy,
+    }
+
+
+def _critic(n: int) -> Runs:
+    joint, marginal = _normal(n), _normal(n, seed=1)
+
+    def by_scipy() -> Any:
+        from scipy.special import logsumexp
+
+        weights = np.exp(marginal - marginal.max())
+        error = joint.var() / n + weights.var() / (n * weights.mean() ** 2)
+        return joint.mean() - logsumexp(marginal) + np.log(n), np.sqrt(error)
+
+    return {
+        "klfast": lambda: estimators.donsker_varadhan(joint, marginal),
+        "plain read": _read(joint, marginal),
+        "NumPy": by_scipy,
+    }
+
+
+def _contrast(n: int) -> Runs:
+    scores = _normal(n, n)
+
+    def by_scipy() -> Any:
+        from scipy.special import logsumexp
+
+        terms = np.diag(scores) - logsumexp(scores, axis=1) + np.log(n)
+        return terms.mean(), terms.std(ddof=1) / np.sqrt(n)
+
+    return {
+        "klfast": lambda: estimators.infonce(scores),
+        "plain read": _read(scores),
+        "NumPy": by_scipy,
     }
 
 

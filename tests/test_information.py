@@ -292,6 +292,9 @@ def test_bounds_at_their_ends_and_of_any_array() -> None:
     np.testing.assert_allclose(bounds.js_from_tv(1e-6)[0], 5e-13, rtol=1e-11)
     torch = pytest.importorskip("torch")
     assert bounds.pinsker(torch.tensor([0.02])).dtype == torch.float32
+    both = bounds.kl_from_tv_and_smallest(torch.tensor([0.5]), 0.1)  # a number goes with any array
+    np.testing.assert_allclose(both.numpy(), math.log1p(5), rtol=1e-6)
+    assert both.dtype == torch.float32
     with pytest.raises(ValueError, match="kl holds -1"):
         bounds.pinsker(-1.0)
 

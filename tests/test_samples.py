@@ -60,6 +60,13 @@ def test_a_large_mean_does_not_hide_the_spread() -> None:
     assert found.standard_error == pytest.approx(expected, rel=1e-5)
 
 
+def test_one_log_probability_may_stand_for_all() -> None:
+    log_p = np.random.default_rng(12).normal(size=(3, 50))
+    found, whole = monte_carlo_kl(log_p, -2.0), monte_carlo_kl(log_p, np.full(50, -2.0))
+    np.testing.assert_allclose(found.value, whole.value, rtol=1e-14)
+    np.testing.assert_allclose(found.standard_error, whole.standard_error, rtol=1e-12)
+
+
 def test_infinite_log_probabilities() -> None:
     inf = math.inf
     found = monte_carlo_kl([[-1.0, -inf], [-1.0, -2.0], [-1.0, math.nan]],
@@ -176,6 +183,19 @@ def test_leaving_one_out_takes_the_bias_away() -> None:
     corrected = donsker_varadhan(joint, marginal, correct_bias=True).value.mean() - 0.5
     assert plain > 0.015  # about (e - 1) / (2 n)
     assert abs(corrected) < 0.3 * plain
+
+
+def test_errors_follow_the_delta_method() -> None:
+    joint, marginal = scores(300, 3)
+    weights = np.exp(marginal)
+    relative = weights.var(-1, ddof=1) / weights.mean(-1) ** 2 / 300
+    own = joint.var(-1, ddof=1) / 300
+    for dtype, rtol in ((np.float64, 1e-10), (np.float32, 1e-5)):
+        pair = joint.astype(dtype), marginal.astype(dtype)
+        found = donsker_varadhan(*pair)
+        np.testing.assert_allclose(found.standard_error, np.sqrt(own + relative), rtol=rtol)
+        error = np.sqrt(own + relative * (weights.mean(-1) / math.e) ** 2)
+        np.testing.assert_allclose(nwj(*pair).standard_error, error, rtol=rtol)
 
 
 def test_the_jackknife_is_that_of_its_definition() -> None:

@@ -30,6 +30,7 @@ __all__ = ["Given", "check_axis", "given", "plain_rows"]
 Values = NDArray[np.float64]
 
 NUMBERS = (bool, int, float, list, tuple, np.generic)
+HERE = Place("NumPy", "cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,16 +40,20 @@ class Given:
     views: dict[str, View]
     place: Place
     like: Any  # the first array, whose library and device results get
-
-    @property
-    def dtype(self) -> str:
-        """The dtype of results: float64 if an argument is, else float32."""
-        wide = any(view.dtype == "float64" for view in self.views.values())
-        return "float64" if wide else "float32"
+    dtype: str  # of results: float64 if an argument is, else float32; numbers follow the arrays
 
     def values(self) -> list[Values]:
         """Return the arguments in their order, converted exactly to float64."""
         return [decode(memory(view), view.dtype) for view in self.views.values()]
+
+    def arrays(self) -> list[NDArray[Any]]:
+        """Return the arguments as NumPy arrays in place; bfloat16 as float32 of the same values."""
+        return [
+            decode(memory(view), view.dtype).astype(np.float32)
+            if view.dtype == "bfloat16"
+            else memory(view)
+            for view in self.views.values()
+        ]
 
     def result(self, values: NDArray[np.float64], dtype: str | None = None) -> Any:
         """Return float64 values, rounded once, as the same kind of array as the arguments."""
@@ -56,24 +61,30 @@ class Given:
         return wrap(encode(np.asarray(values, np.float64), dtype), dtype, self.place, self.like)
 
 
-def given(arrays: Mapping[str, Any]) -> Given:
-    """Check arrays by name; numbers and lists count as float64 NumPy arrays.
+def given(arguments: Mapping[str, Any]) -> Given:
+    """Check arguments by name; numbers and lists go with arrays of any library, in float64.
 
     TypeError for what is no array of floating-point numbers, or of two libraries or devices.
     """
-    known = {
-        name: np.asarray(x, np.float64) if isinstance(x, NUMBERS) else x
-        for name, x in arrays.items()
+    plain = {
+        name: np.asarray(x, np.float64) for name, x in arguments.items() if isinstance(x, NUMBERS)
     }
-    places = {name: place_of(x, name) for name, x in known.items()}
+    arrays = {name: x for name, x in arguments.items() if name not in plain} or plain
+    places = {name: place_of(x, name) for name, x in arrays.items()}
     place = next(iter(places.values()))
     if any(each != place for each in places.values()):
         text = ", ".join(f"{name} is {each}" for name, each in places.items())
         raise TypeError(f"{text}; accepted: arrays of one library on one device")
     if place.device != "cpu":
         select("auto", place.device)  # raises: nothing reads that memory
-    views = {name: view_of(x, place, name) for name, x in known.items()}
-    return Given(views, place, next(iter(known.values())))
+    views = {
+        name: view_of(plain[name], HERE, name)
+        if name in plain
+        else view_of(arrays[name], place, name)
+        for name in arguments
+    }
+    wide = any(views[name].dtype == "float64" for name in arrays)
+    return Given(views, place, next(iter(arrays.values())), "float64" if wide else "float32")
 
 
 def check_axis(name: str, shape: tuple[int, ...], least: int = 1) -> None:

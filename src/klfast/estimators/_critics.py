@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .._api import logsumexp
+from .._api import chi2_divergence, logsumexp
 from .._values import check_axis, given
-from ._samples import Estimate
+from ._samples import Estimate, mean_and_variance
 
 __all__ = ["donsker_varadhan", "infonce", "nwj"]
 
 Values = NDArray[np.float64]
+Scores = NDArray[Any]
 
 
 def donsker_varadhan(joint: Any, marginal: Any, *, correct_bias: bool = False) -> Estimate:
@@ -44,22 +45,18 @@ def donsker_varadhan(joint: Any, marginal: Any, *, correct_bias: bool = False) -
         Jackknife, 1982.
     """
     origin = given({"joint": joint, "marginal": marginal})
-    a, b = _scores(*origin.values())
-    log_sum = _log_sum_exp(b)
-    m = b.shape[-1]
-    log_mean = log_sum - math.log(m)
-    share = np.exp(b - log_sum[..., None])  # of each sample in the mean
+    a, b = _scores(*origin.arrays())
+    mean, variance = _mean(a)
+    log_mean, relative = _log_mean(b)
     if correct_bias:
+        m = b.shape[-1]
         if m < 2:
             raise ValueError("marginal has 1 score; accepted: at least 2, to leave one out")
-        without = log_mean[..., None] + np.log1p(-share) + math.log(m / (m - 1))
-        log_mean = m * log_mean - (m - 1) * without.mean(-1)
-    # The relative variance of the mean of exp(T): that of m share about its mean, 1.
-    relative = _variance_of_mean(m * share)
-    return Estimate(
-        origin.result(a.mean(-1) - log_mean),
-        origin.result(np.sqrt(_variance_of_mean(a) + relative)),
-    )
+        # log of the mean without sample i: the mean, less the share of the sample in its sum.
+        share = np.exp(b.astype(np.float64) - (log_mean + math.log(m))[..., None])
+        without = log_mean + np.log1p(-share).mean(-1) + math.log(m / (m - 1))
+        log_mean = m * log_mean - (m - 1) * without
+    return Estimate(origin.result(mean - log_mean), origin.result(np.sqrt(variance + relative)))
 
 
 def nwj(joint: Any, marginal: Any) -> Estimate:
@@ -74,11 +71,13 @@ def nwj(joint: Any, marginal: Any) -> Estimate:
         convex risk minimization, 2010.
     """
     origin = given({"joint": joint, "marginal": marginal})
-    a, b = _scores(*origin.values())
+    a, b = _scores(*origin.arrays())
+    mean, variance = _mean(a)
+    log_mean, relative = _log_mean(b)
     with np.errstate(over="ignore"):
-        weights = np.exp(b - 1.0)
-        error = np.sqrt(_variance_of_mean(a) + _variance_of_mean(weights))
-        return Estimate(origin.result(a.mean(-1) - weights.mean(-1)), origin.result(error))
+        weight = np.exp(log_mean - 1.0)
+        error = np.sqrt(variance + weight * weight * relative)
+        return Estimate(origin.result(mean - weight), origin.result(error))
 
 
 def infonce(scores: Any) -> Estimate:
@@ -99,32 +98,43 @@ def infonce(scores: Any) -> Estimate:
         2018; Poole et al., On Variational Bounds of Mutual Information, 2019.
     """
     origin = given({"scores": scores})
-    (s,) = origin.values()
+    (s,) = origin.arrays()
     check_axis("scores", s.shape, 2)
     n = s.shape[-1]
     if s.shape[-2] != n:
         raise ValueError(f"scores has shape {s.shape}; accepted: shape (..., n, n)")
-    own = np.diagonal(s, axis1=-2, axis2=-1)
+    own = np.diagonal(s, axis1=-2, axis2=-1).astype(np.float64)
     # The sum holds its own term; rounding must not carry it below.
-    terms = math.log(n) - np.maximum(_log_sum_exp(s) - own, 0.0)
-    error = np.sqrt(_variance_of_mean(terms))
-    return Estimate(origin.result(terms.mean(-1)), origin.result(error))
+    terms = math.log(n) - np.maximum(np.asarray(logsumexp(s, dtype="float64")) - own, 0.0)
+    mean, variance = _mean(terms)
+    return Estimate(origin.result(mean), origin.result(np.sqrt(variance)))
 
 
-def _scores(joint: Values, marginal: Values) -> tuple[Values, Values]:
+def _scores(joint: Scores, marginal: Scores) -> tuple[Scores, Scores]:
     check_axis("joint", joint.shape)
     check_axis("marginal", marginal.shape)
     return joint, marginal
 
 
-def _log_sum_exp(x: Values) -> Values:
-    result: Values = np.asarray(logsumexp(x))
-    return result
+def _mean(x: Scores) -> tuple[Values, Values]:
+    """The mean over the last axis, and the variance of that mean."""
+    return mean_and_variance(given({"x": x, "itself": x}), "mean")
 
 
-def _variance_of_mean(x: Values) -> Values:
-    n = x.shape[-1]
+def _log_mean(x: Scores) -> tuple[Values, Values]:
+    """The logarithm of the mean of exp(x), and the relative variance of that mean.
+
+    With w the shares of the sum, which are softmax(x), that variance is (m sum w^2 - 1)/(m - 1).
+    sum w^2 comes from the log-sum-exp of 2 x. Where it is nearly 1/m, m sum w^2 - 1 is taken as
+    what it is, the chi-squared divergence of w from the uniform distribution, which takes longer.
+    """
+    m = x.shape[-1]
+    log_mean = np.asarray(logsumexp(x, dtype="float64")) - math.log(m)
+    twice = np.asarray(logsumexp(x, temperature=0.5, dtype="float64")) - math.log(m)
     with np.errstate(all="ignore"):
-        squares = np.sum((x - x.mean(-1, keepdims=True)) ** 2, -1)
-        variance: Values = squares / (n * np.float64(n - 1))
-    return variance
+        spread = np.expm1(twice - 2.0 * log_mean)
+        close = spread < 1e-3
+        if close.any():
+            exact = chi2_divergence(x, np.zeros(m, np.float32), where=close, dtype="float64")
+            spread = np.where(close, exact, spread)
+        return log_mean, spread / np.float64(m - 1)

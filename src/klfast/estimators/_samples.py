@@ -12,9 +12,9 @@ from numpy.typing import ArrayLike, NDArray
 from .._dispatch import compiled
 from .._elementary import excess
 from .._scipy import scipy
-from .._values import check_axis, given, plain_rows
+from .._values import Given, check_axis, given, plain_rows
 
-__all__ = ["Estimate", "knn_kl", "monte_carlo_kl"]
+__all__ = ["Estimate", "knn_kl", "mean_and_variance", "monte_carlo_kl"]
 
 Values = NDArray[np.float64]
 
@@ -54,14 +54,23 @@ def monte_carlo_kl(log_p: Any, log_q: Any, estimator: Literal["k1", "k2", "k3"] 
     if estimator not in ("k1", "k2", "k3"):
         raise ValueError(f"estimator is {estimator!r}; accepted: 'k1', 'k2', 'k3'")
     origin = given({"log_p": log_p, "log_q": log_q})
+    mean, variance = mean_and_variance(origin, estimator)
+    dtype = "float64" if origin.place.kind != "JAX" else origin.dtype
+    return Estimate(origin.result(mean, dtype), origin.result(np.sqrt(variance), dtype))
+
+
+def mean_and_variance(origin: Given, estimator: str) -> tuple[Values, Values]:
+    """Mean of an estimator over the last axis of two arrays, and the variance of that mean."""
     views = list(origin.views.values())
+    first, second = origin.views
     try:
         shape = np.broadcast_shapes(*(view.shape for view in views))
     except ValueError:
         raise ValueError(
-            f"log_p and log_q have shapes {views[0].shape} and {views[1].shape}; accepted: the same"
+            f"{first} and {second} have shapes {views[0].shape} and {views[1].shape}; accepted: "
+            "the same"
         ) from None
-    check_axis("log_p", shape)
+    check_axis(first, shape)
     batch, n = shape[:-1], shape[-1]
     kernels = compiled()
     rows = [plain_rows(view, batch, n) for view in views]
@@ -71,15 +80,16 @@ def monte_carlo_kl(log_p: Any, log_q: Any, estimator: Literal["k1", "k2", "k3"] 
     else:
         mean, squares = _moments(estimator, *np.broadcast_arrays(*origin.values()))
     with np.errstate(all="ignore"):
-        error = np.sqrt(squares / (n * np.float64(n - 1)))
-    dtype = "float64" if origin.place.kind != "JAX" else origin.dtype
-    return Estimate(*(origin.result(each.reshape(batch), dtype) for each in (mean, error)))
+        variance = squares / (n * np.float64(n - 1))
+    return mean.reshape(batch), variance.reshape(batch)
 
 
 def _moments(estimator: str, p: Values, q: Values) -> tuple[Values, Values]:
     with np.errstate(all="ignore"):
         r = np.where(p == q, 0.0, p - q)
-        if estimator == "k1":
+        if estimator == "mean":
+            k = p
+        elif estimator == "k1":
             k = r
         elif estimator == "k2":
             k = 0.5 * r * r
