@@ -13,7 +13,7 @@ import json
 import statistics
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -49,10 +49,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE)
     options = parser.parse_args()
     lines = []
-    for name, runs in jobs(options.scale).items():
+    for name, make in jobs(options.scale):
+        runs = make()
         for run in runs.values():
             run()  # compile
-        times = take_turns(runs, options.rounds, patience=4.0)
+        times = take_turns(runs, options.rounds, patience=3.0)
         lines.append(
             Line(
                 name,
@@ -101,32 +102,28 @@ def page(lines: list[Line]) -> str:
     return "\n".join([*rows, ""])
 
 
-def jobs(scale: float) -> dict[str, Runs]:
-    """Every line of the table."""
+def jobs(scale: float) -> Iterator[tuple[str, Callable[[], Runs]]]:
+    """Every line of the table, and what makes its contenders."""
     n = max(8, int(16384 * scale))
-    found = {
-        f"Gaussian KL from the prior, {n} x 1024": _prior(n, 1024),
-        f"Gaussian KL from the prior, {32 * n} x 32": _prior(32 * n, 32),
-        f"Gaussian KL of two, {n} x 1024": _two(n, 1024),
-        f"Gaussian KL from the prior and its gradients, {n} x 1024": _gradients(n, 1024),
-    }
-    n = max(64, int(1024 * scale))
-    found |= {f"pairwise {m}, {n} x {n} x 32768": _pairs(m, n) for m in ("kl", "renyi:0.5")}
-    few = max(32, int(256 * scale))
-    found |= {f"pairwise {m}, 8 x {few} x 32768": _tiles(m, few) for m in ("js", "tv")}
+    yield f"Gaussian KL from the prior, {n} x 1024", lambda: _prior(n, 1024)
+    yield f"Gaussian KL from the prior, {32 * n} x 32", lambda: _prior(32 * n, 32)
+    yield f"Gaussian KL of two, {n} x 1024", lambda: _two(n, 1024)
+    yield f"Gaussian KL from the prior and its gradients, {n} x 1024", lambda: _gradients(n, 1024)
+    many, few = max(64, int(1024 * scale)), max(32, int(256 * scale))
+    yield f"pairwise kl, {many} x {many} x 32768", lambda: _pairs("kl", many)
+    yield f"pairwise renyi:0.5, {many} x {many} x 32768", lambda: _pairs("renyi:0.5", many)
+    yield f"pairwise js, 8 x {few} x 32768", lambda: _tiles("js", few)
+    yield f"pairwise tv, 8 x {few} x 32768", lambda: _tiles("tv", few)
     rows = max(2, int(64 * scale))
-    found |= {
-        f"KL from counts, {rows} x 131072, int64": _counts(rows, "plugin"),
-        f"KL from counts, Miller-Madow, {rows} x 131072, int64": _counts(rows, "miller_madow"),
-    }
-    samples = int(1e7 * scale)
-    found |= {f"Monte Carlo {k}, {samples} samples, float64": _monte_carlo(k, samples)
-              for k in ("k1", "k3")}  # fmt: skip
-    found[f"Donsker-Varadhan, {samples} scores each, float32"] = _critic(samples)
-    n = max(64, int(4096 * scale))
-    found[f"InfoNCE, {n} x {n} scores, float32"] = _contrast(n)
-    found["KL by neighbours, 2000 and 2000 samples in 3 dimensions"] = _neighbours(2000)
-    return found
+    yield f"KL from counts, {rows} x 131072, int64", lambda: _counts(rows, "plugin")
+    corrected = f"KL from counts, Miller-Madow, {rows} x 131072, int64"
+    yield corrected, lambda: _counts(rows, "miller_madow")
+    samples, batch = int(1e7 * scale), max(64, int(4096 * scale))
+    yield f"Monte Carlo k1, {samples} samples, float64", lambda: _monte_carlo("k1", samples)
+    yield f"Monte Carlo k3, {samples} samples, float64", lambda: _monte_carlo("k3", samples)
+    yield f"Donsker-Varadhan, {samples} scores each, float32", lambda: _critic(samples)
+    yield f"InfoNCE, {batch} x {batch} scores, float32", lambda: _contrast(batch)
+    yield "KL by neighbours, 2000 and 2000 samples in 3 dimensions", lambda: _neighbours(2000)
 
 
 def _torch() -> Any:

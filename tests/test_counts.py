@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from klfast import reference
 from klfast.estimators import _counts, entropy_from_counts, kl_from_counts
 
-METHODS = ("plugin", "laplace", "miller_madow")
+METHODS: tuple[Any, ...] = ("plugin", "laplace", "miller_madow")
 
 
 def tables(n: int = 4, width: int = 53, seed: int = 0) -> tuple[Any, Any]:
@@ -58,6 +58,20 @@ def test_sparse_and_dense_counts_give_the_same(method: Any) -> None:
     np.testing.assert_allclose(
         entropy_from_counts(sparse.csr_array(p), method), entropy_from_counts(p, method), rtol=1e-13
     )
+
+
+def test_sparse_matrices_may_repeat_an_entry_or_store_a_zero() -> None:
+    sparse = pytest.importorskip("scipy.sparse")
+    odd = sparse.csr_array(([2, 3, 0, 4], [1, 1, 2, 3], [0, 4]), shape=(1, 5))
+    plain = np.array([[0, 5, 0, 4, 0]])
+    q = np.array([[1, 2, 3, 4, 5]])
+    for method in METHODS:
+        assert entropy_from_counts(odd, method) == entropy_from_counts(plain, method)
+        np.testing.assert_allclose(
+            kl_from_counts(odd, sparse.csr_array(q), method),
+            kl_from_counts(plain, q, method),
+            rtol=1e-13,
+        )
 
 
 @pytest.mark.parametrize("method", METHODS)

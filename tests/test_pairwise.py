@@ -27,8 +27,11 @@ def one_by_one(p: Any, q: Any, metric: str, **options: Any) -> Any:
     return klfast.compare(*rows, metric, backend="reference", **options)[metric]
 
 
-@pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize(
+    ("metric", "dtype"),
+    [(metric, dtype) for metric in METRICS for dtype in (np.float32, np.float64)]
+    + [("kl", np.float16), ("tv", np.float16)],
+)
 def test_every_metric_is_that_of_its_pairs(metric: str, dtype: Any) -> None:
     p, q = logits(9, 333).astype(dtype), logits(7, 333, 1).astype(dtype)
     q[3] = p[2]
@@ -126,6 +129,17 @@ def test_the_same_kind_of_array_comes_back(library: str) -> None:
     found = klfast.pairwise(convert(p), convert(q), "js")
     assert type(found) is type(convert(p))
     np.testing.assert_array_equal(np.asarray(found), klfast.pairwise(p, q, "js"))
+
+
+def test_disjoint_supports_reach_the_bounds_and_no_more() -> None:
+    p = np.full((12, 600), -np.inf, np.float32)
+    for i in range(12):
+        p[i, 50 * i : 50 * i + 50] = logits(1, 50, i)[0]
+    apart = ~np.eye(12, dtype=bool)
+    for metric, bound in (("js", np.log(2)), ("tv", 1.0), ("hellinger2", 1.0), ("kl", np.inf)):
+        values = klfast.pairwise(p, metric=metric, dtype="float64")[apart]
+        np.testing.assert_allclose(values, bound, rtol=1e-6)
+        assert (values <= bound).all()
 
 
 def test_close_pairs_are_as_exact_as_two_rows() -> None:

@@ -394,4 +394,5 @@ def _tiles(
         kernels.add_pairs(name, tables[0], tables[-1], values)
     if same:
         values = np.triu(values) + np.triu(values, 1).T
-    return values, ~(values > SMALLEST[name])
+    doubtful = ~(values > SMALLEST[name])
+    return np.minimum(values, 1.0 if name == "tv" else math.log(2.0)), doubtful

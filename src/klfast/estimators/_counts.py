@@ -105,7 +105,7 @@ def entropy_from_counts(counts: Any, method: Method = "plugin", *, smoothing: fl
         raise ValueError(f"method is {method!r}; accepted: {', '.join(map(repr, METHODS))}")
     added = _added(method, smoothing)
     if _is_sparse(counts):
-        matrix = counts.tocsr()
+        matrix = _csr(counts)
         shape: tuple[int, ...] = (matrix.shape[0],)
         width = matrix.shape[1]
         c = matrix.data.astype(np.float64)
@@ -140,6 +140,14 @@ def _added(method: str, smoothing: float) -> float:
 
 def _is_sparse(x: Any) -> bool:
     return hasattr(x, "tocsr") and not isinstance(x, np.ndarray)
+
+
+def _csr(matrix: Any) -> Any:
+    """A sparse matrix with every symbol of a row once, and none that has no count."""
+    csr = matrix.tocsr(copy=True)
+    csr.sum_duplicates()
+    csr.eliminate_zeros()
+    return csr
 
 
 def _counts(name: str, x: Any) -> NDArray[Any]:
@@ -187,8 +195,7 @@ def _sparse_sums(p: Any, q: Any, added: float, drop: bool) -> tuple[Values, tupl
     n, width = p.shape
     keys, values = [], []
     for matrix in (p, q):
-        csr = matrix.tocsr(copy=True)
-        csr.sum_duplicates()
+        csr = _csr(matrix)
         rows = np.repeat(np.arange(n, dtype=np.int64), np.diff(csr.indptr))
         keys.append(rows * width + csr.indices)
         values.append(csr.data.astype(np.float64))
