@@ -143,6 +143,29 @@ def test_gradients_are_the_derivatives(dtype: Any) -> None:
             )
 
 
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_gradients_are_written_where_asked(library: str) -> None:
+    module = pytest.importorskip(library)
+    convert = module.asarray if library == "numpy" else module.tensor
+    arrays = cases(0.5, np.float32)
+    ours = [convert(a) for a in arrays]
+    out = [module.zeros_like(each) for each in ours]
+    _, gradients = gaussian.value_and_grad(*ours, out=out)
+    for mine, given_out, expected in zip(
+        gradients, out, gaussian.value_and_grad(*arrays).gradients, strict=True
+    ):
+        assert mine is given_out
+        np.testing.assert_array_equal(np.asarray(mine), expected)
+    for bad, message in (
+        (out[:2], "out has 2 arrays"),
+        ([*out[:3], ours[0]], "out overlaps an argument"),
+        ([*out[:3], out[0]], "out overlaps an argument, or itself"),
+        ([*out[:3], out[0].T], "out has shape"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            gaussian.value_and_grad(*ours, out=bad)
+
+
 def test_gradients_beyond_float32_are_computed_in_float64() -> None:
     arrays = [np.full((2, 3), x, np.float32) for x in (0.0, 95.0, 0.0, 0.0)]
     _, gradients = gaussian.value_and_grad(*arrays, grad_scale=1e-20)

@@ -19,12 +19,14 @@ shapes that do not fit. Rows that hold NaN, or infinite means or log-variances, 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ._arrays import STORAGE, encode, wrap
+from ._arguments import out_view
+from ._arrays import STORAGE, encode, memory, wrap
 from ._dispatch import compiled
 from ._elementary import excess
 from ._values import Given, check_axis, given, plain_rows
@@ -85,11 +87,17 @@ def kl_divergence(mean_p: Any, logvar_p: Any, mean_q: Any = None, logvar_q: Any 
         Auto-Encoding Variational Bayes, 2014, appendix B.
     """
     batch = _diagonal(mean_p, logvar_p, mean_q, logvar_q)
-    return batch.given.result(_fused(batch, None, [])[0])
+    return batch.given.result(_fused(batch, None, []))
 
 
 def value_and_grad(
-    mean_p: Any, logvar_p: Any, mean_q: Any = None, logvar_q: Any = None, *, grad_scale: Any = 1.0
+    mean_p: Any,
+    logvar_p: Any,
+    mean_q: Any = None,
+    logvar_q: Any = None,
+    *,
+    grad_scale: Any = 1.0,
+    out: Sequence[Any] | None = None,
 ) -> ValueAndGradients:
     """`kl_divergence`, and its gradients from the same read.
 
@@ -104,6 +112,8 @@ def value_and_grad(
         logvar_q: log-variances of Q.
         grad_scale: what gradients are multiplied with, a number or one a row: that of the loss
             which the divergence is a term of.
+        out: memory for the gradients, which new memory would take longer than the computation: one
+            contiguous array for each argument, of its shape, dtype and library, apart from all.
 
     Returns:
         value, one a row, and gradients: two arrays, or with Q four, of the shape, dtype and library
@@ -126,13 +136,35 @@ def value_and_grad(
             "what broadcasts to it"
         ) from None
     (shape,), (dtype,) = shapes, dtypes
-    gradients = [np.empty(shape, STORAGE[dtype]) for _ in batch.given.views]
-    value, gradients = _fused(batch, np.ascontiguousarray(scales), gradients)
     origin = batch.given
-    return ValueAndGradients(
-        origin.result(value),
-        tuple(wrap(each, dtype, origin.place, origin.like) for each in gradients),
-    )
+    if out is None:
+        gradients = [np.empty(shape, STORAGE[dtype]) for _ in origin.views]
+    else:
+        gradients = _memory_of(out, origin, shape, dtype)
+    value = origin.result(_fused(batch, np.ascontiguousarray(scales), gradients))
+    if out is not None:
+        return ValueAndGradients(value, tuple(out))
+    wrapped = (wrap(each, dtype, origin.place, origin.like) for each in gradients)
+    return ValueAndGradients(value, tuple(wrapped))
+
+
+def _memory_of(
+    out: Sequence[Any], origin: Given, shape: tuple[int, ...], dtype: str
+) -> list[NDArray[Any]]:
+    """The memory that gradients are written to, if it is fit for that."""
+    if len(out) != len(origin.views):
+        raise ValueError(f"out has {len(out)} arrays; accepted: {len(origin.views)}, as arguments")
+    targets: list[NDArray[Any]] = []
+    for each in out:
+        view = out_view(each, origin.place, shape)
+        array = memory(view, writable=True)
+        if view.dtype != dtype or not array.flags.c_contiguous:
+            raise ValueError(f"out is of dtype {view.dtype}; accepted: {dtype}, contiguous")
+        others = [*map(memory, origin.views.values()), *targets]
+        if any(np.shares_memory(array, other) for other in others):
+            raise ValueError("out overlaps an argument, or itself; accepted: memory of its own")
+        targets.append(array)
+    return targets
 
 
 def reverse_kl_divergence(
@@ -445,9 +477,7 @@ def _diagonal(mean_p: Any, logvar_p: Any, mean_q: Any, logvar_q: Any) -> _Diagon
     return _Diagonal(origin, shape[:-1], shape[-1])
 
 
-def _fused(
-    batch: _Diagonal, scales: Values | None, into: list[NDArray[Any]]
-) -> tuple[Values, list[NDArray[Any]]]:
+def _fused(batch: _Diagonal, scales: Values | None, into: list[NDArray[Any]]) -> Values:
     """KL divergence of each row, and its gradients if there is memory for them."""
     kernels = compiled()
     rows = [plain_rows(view, batch.shape, batch.width) for view in batch.given.views.values()]
@@ -468,7 +498,7 @@ def _fused(
         for target, gradient in zip(into, _gradients(*_some(batch, bad)), strict=False):
             table = target.reshape(-1, batch.width)
             table[bad] = encode(gradient * scales[bad, None], dtype)
-    return flat.reshape(batch.shape), into
+    return flat.reshape(batch.shape)
 
 
 def _some(batch: _Diagonal, rows: NDArray[np.bool_]) -> list[Values]:
