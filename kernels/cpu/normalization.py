@@ -215,11 +215,11 @@ def normalization(dtype_p, dtype_q, difference, larger):
             ry = -1024.0 * a * f64(max_q(y, j, tile_stop))
             # Beyond 2**19 the references are no longer exact in float32 (or not finite).
             if not (abs(rx) < 8388608.0 and abs(ry) < 8388608.0):
-                if j > start and rx > 0.0 and ry > 0.0:  # -inf all over: nothing to add
-                    rx = math.inf
-                    ry = math.inf
-                else:
+                if not (j > start and rx > 0.0 and ry > 0.0):
                     return 0.0, 0.0, math.nan, 0.0, 0.0
+                # -inf all over: nothing to add, whatever the references.
+                rx = 1024.0 * state[0]
+                ry = 1024.0 * state[1]
             rx = math.floor(rx) / 1024.0
             ry = math.floor(ry) / 1024.0
             if j == start:
