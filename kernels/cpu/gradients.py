@@ -2,7 +2,7 @@
 
 Everything is a multiple of p or q that vanishes where the rows agree.  In base 2, with u = log2 p,
 v = log2 q, t = v - u, tau = abs(t), M = 2**max(u, v) and h = 1 - 2**-tau, the difference
-q - p = sign(t) M h does not cancel, and p and q are M and M - M h.  With d = log(p/q) = -t log 2:
+q - p = sign(t) M h does not cancel, and p and q are M and M 2**-tau.  With d = log(p/q) = -t log 2:
 
     KL        wrt q  q - p                        wrt p  p (d - KL)
     Jeffreys  wrt q  q (-d - W) + (q - p)         wrt p  p (d - W) - (q - p)
@@ -15,6 +15,16 @@ W is the mean of what it is subtracted from, under the same distribution: the en
 add up to 0.  m = w p + (1-w) q.  The tilted distribution r = p**alpha q**(1-alpha)/S is
 q 2**e with e = -alpha t - (alpha-1) R, and p 2**e with e = -(alpha-1) (t + R), where R is the
 Renyi divergence in base 2; the differences are again of the form sign M h.
+
+Where one token has nearly all the mass, or log(p/q) is nearly the same all over, a gradient is far
+smaller than the numbers that it is the difference of, and W must be right far beyond float32.
+Where log p/q or log q itself is what a mean is taken off, the mean goes into its constant, which is
+held in two parts, so that the difference is rounded once, after it has cancelled; the value is a
+first guess of the mean, the sum of the entries that it leads to corrects it.  Of Renyi this is R,
+with p 2**e = p 2**(-(alpha-1) s), s = t + R, and q 2**e = q 2**(-alpha s), s = t + R (alpha-1)/alpha;
+the sum of r - p, over that of p, is what S is off, relatively.  The mean of total variation is
+1/2 (above - below) for the masses where q > p and q < p, each summed on its own (ties are half in
+either): sign/2 - W is ``below`` or -``above``.
 
 The values were computed just before, so that the row pair is in cache.  ``one_pass`` then also
 knows the constants of log2 p, log2 q and log2(q/p); where it did not run, they are found as
