@@ -20,9 +20,9 @@ Where one token has nearly all the mass, or log(p/q) is nearly the same all over
 smaller than the numbers that it is the difference of, and W must be right far beyond float32.
 Where log p/q or log q itself is what a mean is taken off, the mean goes into its constant, which is
 held in two parts, so that the difference is rounded once, after it has cancelled; the value is a
-first guess of the mean, the sum of the entries that it leads to corrects it.  Of Renyi this is R,
-with p 2**e = p 2**(-(alpha-1) s), s = t + R, and q 2**e = q 2**(-alpha s), s = t + R (alpha-1)/alpha;
-the sum of r - p, over that of p, is what S is off, relatively.  The mean of total variation is
+first guess of the mean, the sum of the entries that it leads to corrects it.  Of Renyi this is R:
+e is -(alpha-1) s with s = t + R over p, and -alpha s with s = t + R (alpha-1)/alpha over q; the sum
+of r - p, over that of p, is what S is off, relatively.  The mean of total variation is
 1/2 (above - below) for the masses where q > p and q < p, each summed on its own (ties are half in
 either): sign/2 - W is ``below`` or -``above``.
 
