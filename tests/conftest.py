@@ -1,5 +1,6 @@
 """What the tests share."""
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,11 @@ from numpy.typing import NDArray
 import klfast
 from klfast import _dispatch
 from klfast._arrays import Rows
+
+
+def pytest_collection_finish() -> None:
+    """Spare the collector of garbage what lives to the end: it would go through it all again."""
+    gc.freeze()
 
 
 @pytest.fixture(params=["reference", "cpu"])

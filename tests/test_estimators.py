@@ -44,7 +44,10 @@ def test_the_mean_over_samples_of_p_is_the_divergence(estimator: Any) -> None:
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_values_and_gradients_are_finite_at_any_ratio(estimator: Any, dtype: Any) -> None:
-    """exp(r) - 1 - r with abs(r) = 100 overflowed, and a clip after it had a gradient of NaN."""
+    """OpenRLHF#1335, verl#891: exp(r) - 1 - r with abs(r) = 100 overflowed.
+
+    A clip after it had a gradient of NaN.
+    """
     log_p = np.array([-100.0, -0.0, -math.inf, -0.0, -math.inf, -1e30], dtype)
     log_q = np.array([-0.0, -100.0, -0.0, -math.inf, -math.inf, -0.0], dtype)
     for options in ({}, {"clip_log_ratio": 20.0}, {"clip": 10.0}):
@@ -129,7 +132,7 @@ def test_bounds_contain_the_divergence_of_the_whole_rows(
 
 
 def test_top_k_alone_is_not_negative_where_the_plain_sum_is() -> None:
-    """The sum over the given tokens was negative in 415 of 467 steps of a training run."""
+    """verl#7856: the sum over the given tokens was negative in 415 of 467 training steps."""
     p_ids, q_ids = [3, 1], [3, 1]
     p_log, q_log = np.log([0.5, 0.2]), np.log([0.6, 0.25])
     plain = float(np.sum(np.exp(p_log) * (p_log - q_log)))

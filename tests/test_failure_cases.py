@@ -143,6 +143,23 @@ def test_a_one_hot_target(backend: str) -> None:
     assert got == pytest.approx(truth("kl_divergence", one_hot, np.exp(y), input="probs"), rel=2e-6)
 
 
+# 8, the gradient
+@pytest.mark.parametrize("name", ["kl", "jeffreys", "js", "renyi:2", "tv", "cross_entropy"])
+def test_gradients_of_a_one_hot_target(name: str, backend: Any) -> None:
+    target = np.full((2, 100), -INF, np.float32)
+    target[:, 17] = 0.0
+    y = np.random.default_rng(8).normal(size=target.shape).astype(np.float32)
+    y[1, 40:] = -INF  # in both
+    _, (of_p, of_q) = klfast.value_and_grad(name, target, y, wrt="both", backend=backend)
+    assert np.isfinite(of_p).all()
+    assert np.isfinite(of_q).all()
+    assert (of_p[target == -INF] == 0).all()
+    assert (of_q[y == -INF] == 0).all()
+    if name in ("kl", "cross_entropy"):
+        expected = np.exp(reference.log_softmax(y)) - np.exp(target.astype(np.float64))
+        np.testing.assert_allclose(of_q, expected, rtol=1e-5, atol=1e-9)
+
+
 # 9. scipy#20083: the square root of JS is NaN for these two
 def test_js_of_close_probabilities_has_a_root(backend: str) -> None:
     p = np.array([0.027501475, 0.055202297], np.float32)

@@ -42,12 +42,13 @@ def test_gradients_under_jit(name: str, operation: str, parameters: tuple[float,
     def loss(x: Any, y: Any) -> Any:
         return (getattr(losses, name)(x, y, *given, temperature=1.5) * scale).sum()
 
+    both = jax.jit(jax.grad(loss, (0, 1)))(p, q)
     for number, wrt in enumerate("pq"):
-        found = jax.jit(jax.grad(loss, number))(p, q)
         expected = reference.gradient(operation, p, q, *parameters, wrt=wrt, temperature=1.5)
-        np.testing.assert_allclose(found, expected * scale[:, None], atol=2e-6)
-    both = jax.grad(loss, (0, 1))(p, q)
-    np.testing.assert_allclose(both[1], expected * scale[:, None], atol=2e-6)
+        np.testing.assert_allclose(both[number], expected * scale[:, None], atol=2e-6)
+        if name == "kl_divergence":  # each side is a kernel of its own
+            found = jax.jit(jax.grad(loss, number))(p, q)
+            np.testing.assert_allclose(found, expected * scale[:, None], atol=2e-6)
 
 
 def test_vmap_is_the_batch() -> None:
@@ -83,3 +84,41 @@ def test_bad_arguments_are_named() -> None:
     p, q = logits(4, 33)
     with pytest.raises(ValueError, match="alpha is -1"):
         losses.renyi_divergence(p, q, -1.0)
+    compiled = jax.jit(losses.kl_divergence, static_argnames="temperature")
+    for function in (losses.kl_divergence, compiled):
+        with pytest.raises(ValueError, match="p and q have vocabularies of 33 and 32 entries"):
+            function(p, q[:, :32])
+        with pytest.raises(ValueError, match="batch axes"):
+            function(p, q[:3])
+        with pytest.raises(TypeError, match="p has dtype int32; accepted: float16"):
+            function(p.astype(np.int32), q)
+        with pytest.raises(ValueError, match=r"p has shape \(\); accepted: \(\.\.\., V\)"):
+            function(p[0, 0], q)
+        with pytest.raises(ValueError, match="temperature is 0"):
+            function(p, q, temperature=0.0)
+    with pytest.raises(
+        ValueError, match=r"temperature is \(1.0, 2.0\); accepted: a number above 0"
+    ):
+        losses.entropy(p, temperature=(1.0, 2.0))  # type: ignore[arg-type]
+
+
+def test_parameters_may_be_numbers_of_numpy_and_jax() -> None:
+    p, q = logits(4, 33)
+    expected = losses.renyi_divergence(p, q, 2.0)
+    orders: list[Any] = [2, np.float32(2), jnp.float32(2)]
+    for two in orders:
+        np.testing.assert_array_equal(losses.renyi_divergence(p, q, two), expected)
+
+
+def test_vmap_over_any_axis_of_batches() -> None:
+    p, q = logits(3, 4, 33)
+    expected = losses.js_divergence(p, q, weight=0.2)
+    batches = jax.vmap(lambda x, y: losses.js_divergence(x, y, weight=0.2), (2, 1), 1)
+    found = batches(np.moveaxis(p, 0, 2), np.moveaxis(q, 0, 1))
+    np.testing.assert_array_equal(found, expected.T)
+
+    def total(y: Any) -> Any:  # every batch of P against the same Q
+        return jax.vmap(losses.kl_divergence, (0, None))(p, y).sum()
+
+    truth = sum(reference.gradient("kl", each, q[0]) for each in p)
+    np.testing.assert_allclose(jax.grad(total)(q[0]), truth, atol=1e-6)

@@ -395,7 +395,8 @@ def log_softmax(x: Rows, rows: Numbers | None, out: Rows) -> None:
 class Tilt(NamedTuple):
     """How a gradient follows from those that the kernel ``gradients`` knows.
 
-    ``operation`` of the rows (exchanged if ``swapped``), with the order or weight that it takes;
+    ``operation`` of the rows (exchanged if ``swapped``), with the order or weight that it takes
+    (of Renyi, a weight of 1 says that the factors hold S);
     ``known`` makes of the value of a row what the kernel needs, and the factors of the gradients
     with respect to P and Q.
     """
@@ -429,19 +430,19 @@ def _tilt(name: str, parameters: tuple[float, ...]) -> Tilt | None:
     beta = alpha - 1.0
 
     def known(value: Values) -> tuple[Values, Values | float, Values | float]:
-        """The Renyi divergence in base 2; S times constants.
+        """The Renyi divergence; S times constants.
 
         Derivatives of log(S)/beta are alpha/beta (r - p) and q - r; S has S beta times those.
         """
         if name == "renyi":
-            return value / math.log(2.0), alpha / beta, 1.0
+            return value, alpha / beta, 1.0
         # S - 1 over the value, and what the value is in multiples of S - 1.
         scale = {"alpha": alpha * beta, "tsallis": beta, "chi2": 1.0, "hellinger2": -1.0}[name]
         excess = scale * value
         factor = (1.0 + excess) / scale
-        return np.log1p(excess) / (beta * math.log(2.0)), factor * alpha, factor * beta
+        return np.log1p(excess) / beta, factor * alpha, factor * beta
 
-    return Tilt("renyi", alpha=alpha, known=known)
+    return Tilt("renyi", alpha=alpha, weight=0.0 if name == "renyi" else 1.0, known=known)
 
 
 def gradient(
@@ -493,7 +494,7 @@ def gradient(
             out[block] = _finish(plan, values)
         with np.errstate(all="ignore"):
             value, factor_p, factor_q = tilt.known(out[block])
-        known[block] = value
+        known[block] = value / math.log(2.0)
         order = (1, 0) if tilt.swapped else (0, 1)
         for column, factor in zip(order, (factor_p, factor_q), strict=True):
             scales[block, column] = np.where(scale[block] == 0.0, 0.0, scale[block] * factor)

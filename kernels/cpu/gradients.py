@@ -2,7 +2,7 @@
 
 Everything is a multiple of p or q that vanishes where the rows agree.  In base 2, with u = log2 p,
 v = log2 q, t = v - u, tau = abs(t), M = 2**max(u, v) and h = 1 - 2**-tau, the difference
-q - p = sign(t) M h does not cancel, and p and q are M and M - M h.  With d = log(p/q) = -t log 2:
+q - p = sign(t) M h does not cancel, and p and q are M and M 2**-tau.  With d = log(p/q) = -t log 2:
 
     KL        wrt q  q - p                        wrt p  p (d - KL)
     Jeffreys  wrt q  q (-d - W) + (q - p)         wrt p  p (d - W) - (q - p)
@@ -16,6 +16,16 @@ add up to 0.  m = w p + (1-w) q.  The tilted distribution r = p**alpha q**(1-alp
 q 2**e with e = -alpha t - (alpha-1) R, and p 2**e with e = -(alpha-1) (t + R), where R is the
 Renyi divergence in base 2; the differences are again of the form sign M h.
 
+Where one token has nearly all the mass, or log(p/q) is nearly the same all over, a gradient is far
+smaller than the numbers that it is the difference of, and W must be right far beyond float32.
+Where log p/q or log q itself is what a mean is taken off, the mean goes into its constant, which is
+held in two parts, so that the difference is rounded once, after it has cancelled; the value is a
+first guess of the mean, the sum of the entries that it leads to corrects it.  Of Renyi this is R:
+e is -(alpha-1) s with s = t + R over p, and -alpha s with s = t + R (alpha-1)/alpha over q; the sum
+of r - p, over that of p, is what S is off, relatively.  The mean of total variation is
+1/2 (above - below) for the masses where q > p and q < p, each summed on its own (ties are half in
+either): sign/2 - W is ``below`` or -``above``.
+
 The values were computed just before, so that the row pair is in cache.  ``one_pass`` then also
 knows the constants of log2 p, log2 q and log2(q/p); where it did not run, they are found as
 two_phase finds them.  Rows whose normalizers are not found, or whose value is infinite, are listed
@@ -26,7 +36,15 @@ from __future__ import annotations
 
 import math
 
-from .mathematics import LN_2, LOG2_E, exp2_32, inline, log_32, one_minus_exp2_32
+from .mathematics import (
+    LN_2,
+    LOG2_E,
+    exp2_32,
+    exp2_and_rest_32,
+    inline,
+    log_32,
+    one_minus_exp2_32,
+)
 from .normalization import FAR, larger_power, normalization, subtraction
 from .rowloop import BLOCK, f32, f64, row_address, task_row
 from .simd import (
@@ -51,11 +69,14 @@ from .simd import (
     where,
 )
 
-#: Operations and sides whose gradient subtracts a mean that is computed on its own.  (Of the
-#: cross-entropy it is the value, but what the normalizers are off cancels in its own mean.)
-CENTRED = {
-    "js": "pq", "tv": "pq", "jeffreys": "pq", "cross_entropy": "p", "kl": "", "renyi": "",
-}  # fmt: skip
+#: Operations and sides of which a mean is computed on its own, and subtracted.
+CENTRED = {"js": "pq", "tv": "pq", "jeffreys": "pq"}
+
+#: Those where it is taken off a constant of the exponents.
+SHIFTED = {"kl": "p", "renyi": "pq", "cross_entropy": "p"}
+
+#: Gradients that are multiples of more than this are left to the reference.
+LARGEST = 1e30
 
 
 def formulas(operation, side):
@@ -64,43 +85,57 @@ def formulas(operation, side):
     js, tv, jeffreys, renyi, cross = (
         operation == name for name in ("js", "tv", "jeffreys", "renyi", "cross_entropy")
     )
-    centred = side in CENTRED[operation]
+    shifted = side in SHIFTED.get(operation, "")
     difference = operation in ("kl", "cross_entropy") and not of_p
 
     @inline
-    def bracket(terms, weight):
-        p_, q_, change, u, v, t = terms
-        if cross:
-            return vmax(v, -1e30) * -LN_2
+    def bracket(terms, own_weight, other_weight, far):
+        t, rest, h = terms[5], terms[6], terms[7]
         sign = -1.0 if of_p else 1.0
         if tv:
             return where(t == 0.0, 0.0, copysign(splat32(0.5), t * sign))
         if js:
+            # With M = max(p, q) and g = 2**-tau = 1 - h: m/M = 1 - h w', where w' is the weight of
+            # the smaller one.  Near rows take log(own/m), which is near 0; rows that are far apart
+            # log(w own/m), which differs by a constant and is near 0 there.
             own_larger = t * sign > 0.0
-            h = one_minus_exp2_32(vmin(vabs(t), FAR))
-            # m/M = 1 - s, with s = h times the weight of the smaller one.
-            own_weight = splat32(weight) if of_p else splat32(1.0 - weight)
-            s = h * where(own_larger, 1.0 - own_weight, own_weight)
-            return where(own_larger, 0.0, vabs(t) * -LN_2) - log_32(1.0 - s, s)
+            s = h * where(own_larger, splat32(other_weight), splat32(own_weight))
+            mixed = 1.0 - s
+            if far:
+                own = where(own_larger, 1.0, rest) * own_weight
+                other = where(own_larger, rest, 1.0) * other_weight
+                return log_32(own / mixed, other / mixed)
+            log = log_32(
+                where(own_larger, mixed, rest / mixed),
+                where(own_larger, s, h * other_weight / mixed),
+            )
+            return where(own_larger, -log, log)
         return t * (LN_2 * sign)
 
     @inline
-    def entry(terms, value, mean, alpha, beta, weight):
-        p_, q_, change, u, v, t = terms
+    def entry(terms, exponent, mean, alpha, beta, own_weight, other_weight, far):
+        """``exponent`` is shifted; ``mean`` comes in two parts."""
+        p_, q_, change, u, v = terms[:5]
         if difference:
             return change
-        own, sign = (p_, -1.0) if of_p else (q_, 1.0)
         if renyi:
-            # value is R in base 2; the difference r - own, from its exponent e over own.
-            e = (t + value) * -beta if of_p else fma(t, -alpha, value * -beta)
-            e = vmin(vmax(e, -FAR), FAR)
-            base = u if of_p else v
-            size = exp2_32(base + vmax(e, 0.0)) * one_minus_exp2_32(vabs(e))
+            # The difference of r and own, from the exponent e of r over own.
+            e = exponent * (-beta if of_p else -alpha)
+            h = one_minus_exp2_32(vmin(vabs(e), FAR))
+            size = exp2_32((u if of_p else v) + vmax(e, 0.0)) * h
             return copysign(size, e * (1.0 if of_p else -1.0))
-        if not centred:
-            return own * fma(t, -LN_2, -value)
-        b = bracket(terms, weight)
-        product = own * (b - mean)
+        if shifted:
+            return exp2_32(u) * (exponent * -LN_2)
+        own, sign = (p_, -1.0) if of_p else (q_, 1.0)
+        b = bracket(terms, own_weight, other_weight, far)
+        if tv:
+            # ``mean`` is the mass below and that above, of which one is what b - W is.
+            below, above = mean
+            lower = where(b < 0.0, splat32(-above), 0.5 * (below - above))
+            centred = where(b > 0.0, below, lower)
+        else:
+            centred = (b - mean[0]) - mean[1]
+        product = own * centred
         if jeffreys:
             product = product + change * sign
         return product
@@ -121,11 +156,20 @@ def build(operation, sides, dtype_p, dtype_q, dtype_into_p, dtype_into_q):
     bracket_p, entry_p = formulas(operation, "p")
     bracket_q, entry_q = formulas(operation, "q")
     to_p, to_q = "p" in sides, "q" in sides
-    centred = any(side in CENTRED[operation] for side in sides)
+    centre_p, centre_q = (
+        side in sides and side in CENTRED.get(operation, "") for side in ("p", "q")
+    )
+    shift_p, shift_q = (side in sides and side in SHIFTED.get(operation, "") for side in ("p", "q"))
+    renyi = operation == "renyi"
+    cross = operation == "cross_entropy"
+    tv = operation == "tv"
 
     @inline
     def pair(p, q, a, constants):
-        """p, q, q - p, log2 p, log2 q and t of one vector; p = q = 0 where both are -inf."""
+        """p, q, q - p, log2 p, log2 q, t, 2**-tau and h of one vector.
+
+        p = q = 0 where both are -inf.
+        """
         kx0, kx1, ky0, ky1, c0, c1 = constants
         u = fma(p, a, kx0) + kx1
         v = fma(q, a, ky0) + ky1
@@ -133,16 +177,44 @@ def build(operation, sides, dtype_p, dtype_q, dtype_into_p, dtype_into_q):
         t = fma(d, a, c0) + fma(lost, a, c1)
         t = vmin(vmax(t, -1e30), 1e30)  # a NaN from -inf - -inf becomes a number; there M is 0
         m = exp2_32(vmax(u, v))
-        mh = m * one_minus_exp2_32(vmin(vabs(t), FAR))
-        less = m - mh
+        tau = vabs(t)
+        rest, h = exp2_and_rest_32(vmin(tau, FAR))
+        mh = m * h
+        less = where(tau > FAR, 0.0, m * rest)
         q_larger = t > 0.0
-        return where(q_larger, less, m), where(q_larger, m, less), copysign(mh, t), u, v, t
+        change = copysign(mh, t)
+        return where(q_larger, less, m), where(q_larger, m, less), change, u, v, t, rest, h
+
+    @inline
+    def exponent(p, q, a, shift):
+        """The logarithm that a mean was taken off: of q/p, or of q."""
+        s0, s1 = shift
+        if cross:
+            z = fma(q, a, s0) + s1
+        else:
+            d, lost = difference(p, q)
+            z = fma(d, a, s0) + fma(lost, a, s1)
+        return vmin(vmax(z, -1e30), 1e30)
 
     @inline
     def vectors(x, y, j, width):
         if j + LANES32 <= width:
             return load_p(x + j * size_p), load_q(y + j * size_q)
         return tail_p(x + j * size_p, width - j), tail_q(y + j * size_q, width - j)
+
+    @inline
+    def halves(x):
+        """A number, and what float32 cannot hold of it."""
+        high = f32(x)
+        return high, f32(x - f64(high))
+
+    @inline
+    def split(kx, ky, c):
+        """The constants, each with what float32 cannot hold of it."""
+        kx0, kx1 = halves(kx)
+        ky0, ky1 = halves(ky)
+        c0, c1 = halves(c)
+        return kx0, kx1, ky0, ky1, c0, c1
 
     @inline
     def excess(x, y, width, a, constants):
@@ -160,14 +232,10 @@ def build(operation, sides, dtype_p, dtype_q, dtype_into_p, dtype_into_q):
         return hsum(total)
 
     @inline
-    def split(kx, ky, c):
-        """The constants, each with what float32 cannot hold of it."""
-        kx0, ky0, c0 = f32(kx), f32(ky), f32(c)
-        return kx0, f32(kx - f64(kx0)), ky0, f32(ky - f64(ky0)), c0, f32(c - f64(c0))
-
-    @inline
-    def means(x, y, width, a, constants, weight):
-        """The means of the brackets under their own distributions, in float64."""
+    def sums(x, y, width, a, constants, shift_of_p, shift_of_q, alpha, beta, weights):
+        """What the means are made of, in float64: a sum and a mass of each side."""
+        none = (f32(0.0), f32(0.0))
+        wp, wq, far = weights
         total_p = splat64(0.0)
         total_q = total_p
         mass_p = total_p
@@ -182,35 +250,68 @@ def build(operation, sides, dtype_p, dtype_q, dtype_into_p, dtype_into_q):
             for j in range(start, stop, LANES32):
                 p, q = vectors(x, y, j, width)
                 terms = pair(p, q, a, constants)
-                if to_p:
-                    s = fma(terms[0], bracket_p(terms, weight), s)
-                    n = n + terms[0]
-                if to_q:
-                    r = fma(terms[1], bracket_q(terms, weight), r)
-                    o = o + terms[1]
+                if centre_p:
+                    b = bracket_p(terms, wp, wq, far)
+                    if tv:
+                        s = fma(terms[0], 0.5 + b, s)
+                        n = fma(terms[0], 0.5 - b, n)
+                    else:
+                        s = fma(terms[0], b, s)
+                        n = n + terms[0]
+                if centre_q:
+                    b = bracket_q(terms, wq, wp, far)
+                    if tv:
+                        r = fma(terms[1], 0.5 + b, r)
+                        o = fma(terms[1], 0.5 - b, o)
+                    else:
+                        r = fma(terms[1], b, r)
+                        o = o + terms[1]
+                if shift_p:
+                    z = exponent(p, q, a, shift_of_p)
+                    s = s + entry_p(terms, z, none, alpha, beta, wp, wq, far)
+                    n = n + exp2_32(terms[3])
+                if shift_q:
+                    z = exponent(p, q, a, shift_of_q)
+                    r = r - entry_q(terms, z, none, alpha, beta, wq, wp, far)
+                    o = o + exp2_32(terms[4])
             total_p = total_p + fold64(s)
             total_q = total_q + fold64(r)
             mass_p = mass_p + fold64(n)
             mass_q = mass_q + fold64(o)
             start = stop
-        mean_p = hsum(total_p) / hsum(mass_p) if to_p else 0.0
-        mean_q = hsum(total_q) / hsum(mass_q) if to_q else 0.0
-        return mean_p, mean_q
+        return hsum(total_p), hsum(total_q), hsum(mass_p), hsum(mass_q)
 
     @inline
-    def write(x, y, out_p, out_q, width, a, constants, scale_p, scale_q, value, mean_p, mean_q,
-              alpha, beta, weight):  # fmt: skip
+    def mean(total, mass):
+        """In two parts; of total variation, the mass below and that above, as shares."""
+        if tv:
+            return f32(mass / (total + mass)), f32(total / (total + mass))
+        return halves(total / mass)
+
+    @inline
+    def correction(total, mass, order):
+        """How far the exponents are from where the gradient's entries add up to 0."""
+        if renyi:
+            return math.log1p(total / mass) * LOG2_E / order
+        return total / mass * LOG2_E
+
+    @inline
+    def write(x, y, out_p, out_q, width, a, constants, scale_p, scale_q, shift_of_p, shift_of_q,
+              mean_p, mean_q, alpha, beta, weights):  # fmt: skip
+        wp, wq, far = weights
         for j in range(0, width, LANES32):
             p, q = vectors(x, y, j, width)
             terms = pair(p, q, a, constants)
             if to_p:
-                g = entry_p(terms, value, mean_p, alpha, beta, weight) * scale_p
+                z = exponent(p, q, a, shift_of_p)
+                g = entry_p(terms, z, mean_p, alpha, beta, wp, wq, far) * scale_p
                 if j + LANES32 <= width:
                     store_p(out_p + j * size_out_p, g)
                 else:
                     store_tail_p(out_p + j * size_out_p, g, width - j)
             if to_q:
-                g = entry_q(terms, value, mean_q, alpha, beta, weight) * scale_q
+                z = exponent(p, q, a, shift_of_q)
+                g = entry_q(terms, z, mean_q, alpha, beta, wq, wp, far) * scale_q
                 if j + LANES32 <= width:
                     store_q(out_q + j * size_out_q, g)
                 else:
@@ -231,6 +332,10 @@ def build(operation, sides, dtype_p, dtype_q, dtype_into_p, dtype_into_q):
         into_q_offsets, inverse_temperature, alpha, weight,
     ):  # fmt: skip
         a = f64(f32(inverse_temperature * LOG2_E))
+        beta = alpha - 1.0
+        # Jensen-Shannon divergences above this are of rows that are far apart: half the largest.
+        half = -0.5 * (weight * math.log2(weight) + (1.0 - weight) * math.log2(1.0 - weight))
+        powers = renyi and weight == 1.0  # scales hold S, which is corrected with R
         while True:
             begin = fetch_add(counter, chunk)
             if begin >= n_rows:
@@ -252,6 +357,7 @@ def build(operation, sides, dtype_p, dtype_q, dtype_into_p, dtype_into_q):
                 c = peek_f64(known + 24 * row + 16)
                 D, H = 0.0, 0.0
                 usable = abs(value) < math.inf
+                usable = usable and abs(scale_p) < LARGEST and abs(scale_q) < LARGEST
                 if usable and not (abs(kx) < math.inf and abs(c) < math.inf):
                     state = first(x, y, 0, width, a)
                     rx, ry, S, D, H = state
@@ -267,12 +373,37 @@ def build(operation, sides, dtype_p, dtype_q, dtype_into_p, dtype_into_q):
                     # and its rounding is not small beside what the rows differ by.
                     c -= LOG2_E * excess(x, y, width, f32(a), constants)
                     constants = split(kx, ky, c)
-                mean_p, mean_q = 0.0, 0.0
-                if centred:
-                    mean_p, mean_q = means(x, y, width, f32(a), constants, f32(weight))
+                weights = f32(weight), f32(1.0 - weight), value > half
+                # value is a mean in base 2, and of Renyi what makes r a distribution.
+                shift_of_p = (ky if cross else c) + value
+                shift_of_q = c + value * (beta / alpha)
+                of_p, of_q = (f32(0.0), f32(0.0)), (f32(0.0), f32(0.0))
+                if centre_p or centre_q or shift_p or shift_q:
+                    total_p, total_q, mass_p, mass_q = sums(
+                        x, y, width, f32(a), constants, halves(shift_of_p), halves(shift_of_q),
+                        f32(alpha), f32(beta), weights,
+                    )  # fmt: skip
+                    if centre_p:
+                        of_p = mean(total_p, mass_p)
+                    if centre_q:
+                        of_q = mean(total_q, mass_q)
+                    if shift_p:
+                        if powers:
+                            scale_p *= 1.0 + total_p / mass_p
+                        shift_of_p += correction(total_p, mass_p, beta)
+                        usable = abs(shift_of_p) < math.inf
+                    if shift_q:
+                        if powers:
+                            scale_q *= 1.0 + total_q / mass_q
+                        shift_of_q += correction(total_q, mass_q, alpha)
+                        usable = usable and abs(shift_of_q) < math.inf
+                if not usable:
+                    poke_i64(redo + 8 * (fetch_add(redo, 1) + 1), row)
+                    continue
                 write(
                     x, y, out_p, out_q, width, f32(a), constants, f32(scale_p), f32(scale_q),
-                    f32(value), f32(mean_p), f32(mean_q), f32(alpha), f32(alpha - 1.0), f32(weight),
+                    halves(shift_of_p), halves(shift_of_q), of_p, of_q, f32(alpha), f32(beta),
+                    weights,
                 )  # fmt: skip
 
     return kernel

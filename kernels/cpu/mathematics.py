@@ -104,8 +104,8 @@ def phi_32(t):
 
 
 @inline
-def one_minus_exp2_32(tau):
-    """1 - 2**-tau without cancellation, for 0 <= tau <= 126."""
+def exp2_and_rest_32(tau):
+    """2**-tau, and 1 - 2**-tau without cancellation, for 0 <= tau <= 126."""
     n = rint(-tau)
     r = -tau - n
     p = fma(r, 0.0001497050398029387, 0.001337212510406971)  # 5e-9
@@ -114,7 +114,13 @@ def one_minus_exp2_32(tau):
     p = fma(p, r, 0.24022650718688965)
     p = fma(p, r, 0.6931471824645996)
     s = power_32(n)
-    return fma(-s, r * p, 1.0 - s)
+    return fma(s, r * p, s), fma(-s, r * p, 1.0 - s)
+
+
+@inline
+def one_minus_exp2_32(tau):
+    """1 - 2**-tau without cancellation, for 0 <= tau <= 126."""
+    return exp2_and_rest_32(tau)[1]
 
 
 @inline

@@ -21,6 +21,7 @@ quantity is symmetric in the two rows or changes its sign only, operation by ope
 
 from __future__ import annotations
 
+import functools
 import math
 
 from .mathematics import LN_2, exp2_32, inline, one_minus_exp2_32, power_32
@@ -51,6 +52,7 @@ from .simd import (
 FAR = 126.0
 
 
+@functools.cache
 def subtraction(exactly):
     """An inlined ``difference(p, q)``: q - p, and what its rounding lost (0 where that is inf).
 
@@ -70,6 +72,7 @@ def subtraction(exactly):
     return difference
 
 
+@functools.cache
 def power(exactly):
     """An inlined ``power(p, a, k, rest)``: 2**(a p + k + rest), for a small ``rest``.
 
@@ -89,6 +92,7 @@ def power(exactly):
     return careful if exactly else plain
 
 
+@functools.cache
 def larger_power(exactly):
     """An inlined function: the larger of two powers, whichever way round they are given."""
     raised = power(exactly)
@@ -107,6 +111,7 @@ def larger_power(exactly):
 CLOSE = 16.0
 
 
+@functools.cache
 def rounding(exactly):
     """An inlined ``rounded(c)``: how much y - x, where it is about c, is rounded.
 
@@ -126,6 +131,7 @@ def rounding(exactly):
     return rounded
 
 
+@functools.cache
 def normalization(dtype_p, dtype_q, difference, larger):
     """``first`` (the sums of a part of a row pair), ``merge`` of two parts, ``normalizers``.
 
@@ -209,11 +215,11 @@ def normalization(dtype_p, dtype_q, difference, larger):
             ry = -1024.0 * a * f64(max_q(y, j, tile_stop))
             # Beyond 2**19 the references are no longer exact in float32 (or not finite).
             if not (abs(rx) < 8388608.0 and abs(ry) < 8388608.0):
-                if j > start and rx > 0.0 and ry > 0.0:  # -inf all over: nothing to add
-                    rx = math.inf
-                    ry = math.inf
-                else:
+                if not (j > start and rx > 0.0 and ry > 0.0):
                     return 0.0, 0.0, math.nan, 0.0, 0.0
+                # -inf all over: nothing to add, whatever the references.
+                rx = 1024.0 * state[0]
+                ry = 1024.0 * state[1]
             rx = math.floor(rx) / 1024.0
             ry = math.floor(ry) / 1024.0
             if j == start:

@@ -43,6 +43,7 @@ kernel, which knows no exceptions.  Rows where the same entries are -inf in both
 
 from __future__ import annotations
 
+import functools
 import math
 
 from .mathematics import LN_2, LOG2_E, excess, exp2_near_0, inline, phi, phi_32, psi
@@ -95,19 +96,15 @@ CANCELLATION = 8.0
 FARTHEST = 1000.0
 
 
-def build(operation, dtype_p, dtype_q, exactly):
-    """``exactly`` carries along what the subtraction y - x rounds off."""
+@functools.cache
+def arithmetic(operation, exactly):
+    """What an operation does with vectors and states, of whatever dtypes they were read from.
+
+    ``moved``, ``under`` and ``merge`` of states, ``step`` by a vector, and ``finish``.
+    """
     renyi = operation == "renyi"
     cross = operation == "cross_entropy"
     both = operation == "kl_both"
-    load_p, load_q = loader(dtype_p, f32v), loader(dtype_q, f32v)
-    tail_p, tail_q = tail_loader(dtype_p, f32v), tail_loader(dtype_q, f32v)
-    entry_p, entry_q = entry(dtype_p), entry(dtype_q)
-    ahead_p, ahead_q = ahead(dtype_p), ahead(dtype_q)
-    max_p, find_p = passes(dtype_p)
-    max_q, _ = passes(dtype_q)
-    size_p, size_q = ITEMSIZE[dtype_p], ITEMSIZE[dtype_q]
-    differ = comparison(dtype_p, dtype_q)
     # Of both directions E holds what went into either sum and its moves.
     allowed = 3.0 * CANCELLATION if both else CANCELLATION
     difference, raised = subtraction(exactly), power(exactly)
@@ -186,6 +183,60 @@ def build(operation, dtype_p, dtype_q, exactly):
         if cross:
             G = fma(e, vmax(-200.0, z), G)
         return S + e, D, B, G, high, low, bad
+
+    @inline
+    def finish(state, beta):
+        """The divergence and, of both KL, the reverse; NaN where the sums do not carry them."""
+        m, S, top, c, D, B, G, E = state
+        b = phi(top)
+        S = S + 1.0
+        D = D + top
+        B = B + b
+        E = E + b
+        A = (B + D) / S
+        value = B / S - excess(A)
+        # Where the rows differ by a constant c, the rounding of y - x makes errors of c 2**-24 in
+        # t, which average out over the S or more symbols that carry the mass.  The top's own t is
+        # exact: of a row where it has nearly all, the errors are beside the t of the others, whose
+        # square is about the value over their mass.
+        noise = rounded(c) * c * c * min(1.0, S - 1.0) / (100.0 * S)
+        other = 0.0
+        if both:
+            g = psi(top)
+            E += g
+            total = S + D + B
+            other = (G + g) / total - excess(-(B + D) / total)
+            if E > allowed * other * total or not noise <= other:
+                value = math.nan
+        if cross:
+            value += math.log1p(S - 1.0) + G / S
+        if renyi:
+            g = phi(-beta * top)
+            E += g / abs(beta)
+            g += G
+            value += (g / S - excess((g - beta * D) / S)) / beta
+        # Cancellation among the terms.
+        if not (E <= allowed * value * S and noise <= value and abs(c) < FARTHEST):
+            return math.nan, math.nan
+        return max(value, 0.0), max(other, 0.0)
+
+    return moved, under, merge, step, finish
+
+
+def build(operation, dtype_p, dtype_q, exactly):
+    """``exactly`` carries along what the subtraction y - x rounds off."""
+    renyi = operation == "renyi"
+    cross = operation == "cross_entropy"
+    both = operation == "kl_both"
+    moved, under, merge, step, finish = arithmetic(operation, exactly)
+    load_p, load_q = loader(dtype_p, f32v), loader(dtype_q, f32v)
+    tail_p, tail_q = tail_loader(dtype_p, f32v), tail_loader(dtype_q, f32v)
+    entry_p, entry_q = entry(dtype_p), entry(dtype_q)
+    ahead_p, ahead_q = ahead(dtype_p), ahead(dtype_q)
+    max_p, find_p = passes(dtype_p)
+    max_q, _ = passes(dtype_q)
+    size_p, size_q = ITEMSIZE[dtype_p], ITEMSIZE[dtype_q]
+    differ = comparison(dtype_p, dtype_q)
 
     @inline
     def sums(x, y, start, stop, hole, a, ref, c, beta, limit):
@@ -315,42 +366,6 @@ def build(operation, dtype_p, dtype_q, exactly):
                     state = moved(state, c2 * LN_2 - state[3], beta)
             else:
                 largest = before
-
-    @inline
-    def finish(state, beta):
-        """The divergence and, of both KL, the reverse; NaN where the sums do not carry them."""
-        m, S, top, c, D, B, G, E = state
-        b = phi(top)
-        S = S + 1.0
-        D = D + top
-        B = B + b
-        E = E + b
-        A = (B + D) / S
-        value = B / S - excess(A)
-        # Where the rows differ by a constant c, the rounding of y - x makes errors of c 2**-24 in
-        # t, which average out over the S or more symbols that carry the mass.  The top's own t is
-        # exact: of a row where it has nearly all, the errors are beside the t of the others, whose
-        # square is about the value over their mass.
-        noise = rounded(c) * c * c * min(1.0, S - 1.0) / (100.0 * S)
-        other = 0.0
-        if both:
-            g = psi(top)
-            E += g
-            total = S + D + B
-            other = (G + g) / total - excess(-(B + D) / total)
-            if E > allowed * other * total or not noise <= other:
-                value = math.nan
-        if cross:
-            value += math.log1p(S - 1.0) + G / S
-        if renyi:
-            g = phi(-beta * top)
-            E += g / abs(beta)
-            g += G
-            value += (g / S - excess((g - beta * D) / S)) / beta
-        # Cancellation among the terms.
-        if not (E <= allowed * value * S and noise <= value and abs(c) < FARTHEST):
-            return math.nan, math.nan
-        return max(value, 0.0), max(other, 0.0)
 
     def kernel(
         p, p_stride, p_offsets, q, q_stride, q_offsets, width, rows, n_rows,

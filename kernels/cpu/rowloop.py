@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from numba import types
 from numba.core.extending import intrinsic
 
@@ -78,6 +80,7 @@ f32 = _rounding(types.float32)
 f64 = _rounding(types.float64)
 
 
+@functools.cache
 def passes(dtype):
     """The passes over one array of ``dtype`` that look for its largest entry.
 
@@ -120,6 +123,7 @@ def passes(dtype):
     return tile_max, find
 
 
+@functools.cache
 def entry(dtype):
     """An inlined ``entry(row, j)``: one entry as a float64 number."""
     load_tail = tail_loader(dtype, f32v)
@@ -132,6 +136,7 @@ def entry(dtype):
     return get
 
 
+@functools.cache
 def ahead(dtype):
     """An inlined ``ahead(row, j)``: asks for the cache line AHEAD entries further on."""
     size = ITEMSIZE[dtype]
@@ -143,6 +148,7 @@ def ahead(dtype):
     return ask
 
 
+@functools.cache
 def comparison(dtype_p, dtype_q):
     """An inlined ``differ(x, y, width)``: whether two rows differ anywhere, as numbers."""
     load_p, load_q = tail_loader(dtype_p, f32v), tail_loader(dtype_q, f32v)

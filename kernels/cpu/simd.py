@@ -14,6 +14,7 @@ Pointers are plain integers (the address), so that one kernel serves every array
 
 from __future__ import annotations
 
+import functools
 import operator
 from typing import Any
 
@@ -472,6 +473,7 @@ def _widen(builder, loaded, dtype, ty):
     return builder.fpext(loaded, ty.llvm)
 
 
+@functools.cache
 def loader(dtype, ty):
     """An intrinsic ``load(address)`` of one vector of ``dtype``, widened to ``ty``."""
     memory = ir.VectorType(_STORED[dtype], ty.lanes)
@@ -487,6 +489,7 @@ def loader(dtype, ty):
     return load
 
 
+@functools.cache
 def tail_loader(dtype, ty):
     """An intrinsic ``load(address, n)``: the first ``n`` lanes are read, the rest -inf (or 0)."""
     memory = ir.VectorType(_STORED[dtype], ty.lanes)
@@ -552,6 +555,7 @@ def _narrow(builder, value, dtype):
     return value
 
 
+@functools.cache
 def storer(dtype):
     """Intrinsics ``store(address, vector)`` and ``store_tail(address, vector, n)``.
 

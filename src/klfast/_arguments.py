@@ -37,10 +37,12 @@ __all__ = [
     "Settings",
     "check_options",
     "finish",
+    "number",
     "out_view",
     "prepare",
     "result_shape",
     "target_of",
+    "temperatures",
 ]
 
 INPUTS = ("logits", "log_probs", "probs")
@@ -112,7 +114,7 @@ def check_options(function: str, options: Mapping[str, Any], accepted: type) -> 
     settings = Settings(**options)
     _one_of("input", settings.input, INPUTS)
     _one_of("reduction", settings.reduction, REDUCTIONS)
-    if settings.base is not None and not 1 < _number("base", settings.base) < math.inf:
+    if settings.base is not None and not 1 < number("base", settings.base) < math.inf:
         raise ValueError(f"base is {settings.base!r}; accepted: None (nats) or a number above 1")
     return settings
 
@@ -171,10 +173,10 @@ def prepare(
             f"that broadcast, and these are {' and '.join(map(str, shapes))}"
         ) from None
 
-    temperatures = _temperatures(settings.temperature, len(views))
+    divisors = temperatures(settings.temperature, len(views))
     rows = [
         rows_of(view, axis, shape, width, settings.input, temperature)
-        for view, temperature in zip(views.values(), temperatures, strict=True)
+        for view, temperature in zip(views.values(), divisors, strict=True)
     ]
     keep = _keep(settings.where, shape, place)
     kept = None if keep is None or keep.all() else np.flatnonzero(keep)
@@ -270,7 +272,8 @@ def _one_of(argument: str, value: object, accepted: tuple[str, ...]) -> None:
         raise ValueError(f"{argument} is {value!r}; accepted: {', '.join(map(repr, accepted))}")
 
 
-def _number(argument: str, value: Any) -> float:
+def number(argument: str, value: Any) -> float:
+    """A keyword's value as a number; TypeError names the keyword."""
     try:
         return float(value)
     except (TypeError, ValueError):
@@ -325,13 +328,14 @@ def _width(widths: Mapping[str, int], vocab_size: Any) -> int:
     return size
 
 
-def _temperatures(temperature: Any, count: int) -> tuple[float, ...]:
+def temperatures(temperature: Any, count: int) -> tuple[float, ...]:
+    """One of each of `count` batches, of a number or a pair."""
     pair = isinstance(temperature, tuple | list)
     given = tuple(temperature) if pair else (temperature,) * count
     accepted = "a number above 0" + ", or a pair of them" * (count == 2)
     if len(given) != count or (pair and count == 1):
         raise ValueError(f"temperature is {temperature!r}; accepted: {accepted}")
-    values = tuple(_number("temperature", each) for each in given)
+    values = tuple(number("temperature", each) for each in given)
     if not all(0 < value < math.inf for value in values):
         raise ValueError(f"temperature is {temperature!r}; accepted: {accepted}")
     return values

@@ -98,8 +98,10 @@ def value_and_grad(
     batch = prepare(arrays, check_options("value_and_grad", options, GradientOptions))
     dtype, _ = target_of(batch, batch.shape)
     sides = ("p", "q") if wrt == "both" else (wrt,)
-    outs = out if wrt == "both" and out is not None else (out,) * len(sides)
+    outs = _outs(out, len(sides))
     targets = [_target(side, arrays, given, batch) for side, given in zip(sides, outs, strict=True)]
+    if len(targets) == 2 and overlap(targets[0].view, targets[1].view):
+        raise ValueError("out: both gradients share memory; accepted: memory of its own for each")
     scale = _scale(grad_scale, batch)
     if operation.logarithmic:
         scale = scale / batch.settings.unit
@@ -113,6 +115,18 @@ def value_and_grad(
     gradients = [target.result(batch) for target in targets]
     value = finish(batch, values, operation.logarithmic, dtype)
     return ValueAndGradient(value, gradients[0] if len(gradients) == 1 else tuple(gradients))
+
+
+def _outs(out: Any, count: int) -> tuple[Any, ...]:
+    """Memory for each gradient, or None."""
+    if count == 1 or out is None:
+        return (out,) * count
+    if not isinstance(out, tuple | list) or len(out) != count:
+        raise TypeError(
+            f"out is of type {type(out).__name__}; accepted with wrt='both': None, or a pair, of "
+            "which each may be None"
+        )
+    return tuple(out)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ computed in the backward pass, of those arguments alone that are differentiated.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
 import klfast
 
+from ._arguments import number, temperatures
 from ._gradients import differentiable, value_and_grad
 
 __all__ = [
@@ -97,14 +99,40 @@ def _function(name: str, temperature: tuple[float, ...]) -> Any:
     return function
 
 
-def _evaluate(name: str, rows: tuple[Any, ...], temperature: Any) -> Any:
-    arrays = [jnp.asarray(each) for each in rows]
-    if len(arrays) == 2:
-        # Broadcast here, so that JAX adds up the gradient of rows that are repeated.
-        shape = jnp.broadcast_shapes(*(each.shape[:-1] for each in arrays))
-        arrays = [jnp.broadcast_to(each, (*shape, each.shape[-1])) for each in arrays]
-    given = temperature if isinstance(temperature, tuple) else (temperature,) * len(arrays)
-    return _function(name, tuple(float(each) for each in given))(*arrays)
+def _evaluate(
+    name: str, rows: Mapping[str, Any], temperature: Any, parameters: tuple[Any, ...] = ()
+) -> Any:
+    """An operation of the arrays, by their names; what does not fit is refused before it is traced.
+
+    (An error in a call back from a compiled program is not raised as what it is.)
+    """
+    arrays = {argument: jnp.asarray(each) for argument, each in rows.items()}
+    for argument, each in arrays.items():
+        if each.dtype.name not in _FLOATS:
+            raise TypeError(f"{argument} has dtype {each.dtype}; accepted: {', '.join(_FLOATS)}")
+        if each.ndim == 0 or each.shape[-1] == 0:
+            raise ValueError(
+                f"{argument} has shape {each.shape}; accepted: (..., V) with V at least 1"
+            )
+    shapes = [each.shape for each in arrays.values()]
+    names = " and ".join(arrays)
+    if len({shape[-1] for shape in shapes}) > 1:
+        given = " and ".join(str(shape[-1]) for shape in shapes)
+        raise ValueError(f"{names} have vocabularies of {given} entries; accepted: the same number")
+    try:
+        batch = jnp.broadcast_shapes(*(shape[:-1] for shape in shapes))
+    except ValueError:
+        raise ValueError(
+            f"{names} have shapes {' and '.join(map(str, shapes))}; accepted: batch axes (all but "
+            "the last) that broadcast"
+        ) from None
+    # Broadcast here, so that JAX adds up the gradient of rows that are repeated.
+    repeated = [jnp.broadcast_to(each, (*batch, each.shape[-1])) for each in arrays.values()]
+    full_name = ":".join([name, *(repr(number(name, each)) for each in parameters)])
+    return _function(full_name, temperatures(temperature, len(arrays)))(*repeated)
+
+
+_FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
 def kl_divergence(p: Any, q: Any, *, temperature: float | tuple[float, float] = 1.0) -> Any:
@@ -121,62 +149,62 @@ def kl_divergence(p: Any, q: Any, *, temperature: float | tuple[float, float] = 
     Source:
         Kullback and Leibler, On Information and Sufficiency, 1951
     """
-    return _evaluate("kl", (p, q), temperature)
+    return _evaluate("kl", {"p": p, "q": q}, temperature)
 
 
 def jeffreys_divergence(p: Any, q: Any, *, temperature: float | tuple[float, float] = 1.0) -> Any:
     """KL both ways, summed; arguments as of `kl_divergence`."""
-    return _evaluate("jeffreys", (p, q), temperature)
+    return _evaluate("jeffreys", {"p": p, "q": q}, temperature)
 
 
 def js_divergence(
     p: Any, q: Any, *, weight: float = 0.5, temperature: float | tuple[float, float] = 1.0
 ) -> Any:
     """Jensen-Shannon divergence with `weight` as that of P; arguments as of `kl_divergence`."""
-    return _evaluate(f"js:{weight!r}", (p, q), temperature)
+    return _evaluate("js", {"p": p, "q": q}, temperature, (weight,))
 
 
 def renyi_divergence(
     p: Any, q: Any, alpha: float, *, temperature: float | tuple[float, float] = 1.0
 ) -> Any:
     """Rényi divergence of order `alpha`; arguments as of `kl_divergence`."""
-    return _evaluate(f"renyi:{alpha!r}", (p, q), temperature)
+    return _evaluate("renyi", {"p": p, "q": q}, temperature, (alpha,))
 
 
 def alpha_divergence(
     p: Any, q: Any, alpha: float, *, temperature: float | tuple[float, float] = 1.0
 ) -> Any:
     """alpha-divergence, KL(P, Q) at 1 and KL(Q, P) at 0; arguments as of `kl_divergence`."""
-    return _evaluate(f"alpha:{alpha!r}", (p, q), temperature)
+    return _evaluate("alpha", {"p": p, "q": q}, temperature, (alpha,))
 
 
 def tsallis_divergence(
     p: Any, q: Any, alpha: float, *, temperature: float | tuple[float, float] = 1.0
 ) -> Any:
     """Tsallis relative entropy of order `alpha`; arguments as of `kl_divergence`."""
-    return _evaluate(f"tsallis:{alpha!r}", (p, q), temperature)
+    return _evaluate("tsallis", {"p": p, "q": q}, temperature, (alpha,))
 
 
 def total_variation(p: Any, q: Any, *, temperature: float | tuple[float, float] = 1.0) -> Any:
     """Total variation distance; arguments as of `kl_divergence`."""
-    return _evaluate("tv", (p, q), temperature)
+    return _evaluate("tv", {"p": p, "q": q}, temperature)
 
 
 def squared_hellinger(p: Any, q: Any, *, temperature: float | tuple[float, float] = 1.0) -> Any:
     """Squared Hellinger distance; arguments as of `kl_divergence`."""
-    return _evaluate("hellinger2", (p, q), temperature)
+    return _evaluate("hellinger2", {"p": p, "q": q}, temperature)
 
 
 def chi2_divergence(p: Any, q: Any, *, temperature: float | tuple[float, float] = 1.0) -> Any:
     """Pearson's chi-squared divergence; arguments as of `kl_divergence`."""
-    return _evaluate("chi2", (p, q), temperature)
+    return _evaluate("chi2", {"p": p, "q": q}, temperature)
 
 
 def cross_entropy(p: Any, q: Any, *, temperature: float | tuple[float, float] = 1.0) -> Any:
     """Cross-entropy of Q under P, both given by logits; arguments as of `kl_divergence`."""
-    return _evaluate("cross_entropy", (p, q), temperature)
+    return _evaluate("cross_entropy", {"p": p, "q": q}, temperature)
 
 
 def entropy(p: Any, *, temperature: float = 1.0) -> Any:
     """Shannon entropy; arguments as of `kl_divergence`."""
-    return _evaluate("entropy", (p,), temperature)
+    return _evaluate("entropy", {"p": p}, temperature)

@@ -14,15 +14,17 @@ then. Works under autocast and, without a graph break, under `torch.compile`.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd.forward_ad import unpack_dual
 
 import klfast
 
 from . import gaussian
+from ._arguments import number, temperatures
 from ._gradients import differentiable, value_and_grad
 
 __all__ = [
@@ -52,67 +54,68 @@ Reduction = Literal["none", "mean", "sum"]
 
 @torch.library.custom_op("klfast::divergence", mutates_args=())
 def _divergence(
-    name: str, p: Tensor, q: Tensor | None, keep: Tensor | None, temperature: list[float]
-) -> Tensor:
-    operation, parameters = differentiable(name)
-    function = getattr(klfast, operation.function)
+    name: str, parameters: list[float], p: Tensor, q: Tensor | None, keep: Tensor | None,
+    temperature: list[float],
+) -> Tensor:  # fmt: skip
+    operation, given = differentiable(_full_name(name, parameters))
+    options: Any = {"weight": given[0]} if operation.name == "js" else {}
     rows = {"p": p.detach(), "q": None if q is None else q.detach()}
-    given = [rows[side] for side in operation.rows]
+    arrays = [rows[side] for side in operation.rows]
     swapped = temperature[::-1] if operation.rows == "qp" else temperature
-    value: Tensor = function(
-        *given, *parameters if operation.name != "js" else (),
-        temperature=swapped[0] if q is None else tuple(swapped), where=keep,
-        **({"weight": parameters[0]} if operation.name == "js" else {}),
+    value: Tensor = getattr(klfast, operation.function)(
+        *arrays, *(() if options else given),
+        temperature=swapped[0] if q is None else tuple(swapped), where=keep, **options,
     )  # fmt: skip
     return value if keep is None else torch.where(keep, value, 0.0)
 
 
 @_divergence.register_fake
 def _(
-    name: str, p: Tensor, q: Tensor | None, keep: Tensor | None, temperature: list[float]
-) -> Tensor:
-    return p.new_empty(p.shape[:-1], dtype=_result_dtype(p, q))
+    name: str, parameters: list[float], p: Tensor, q: Tensor | None, keep: Tensor | None,
+    temperature: list[float],
+) -> Tensor:  # fmt: skip
+    return p.new_empty(p.shape[:-1], dtype=_widest(p, q))
 
 
 @torch.library.custom_op("klfast::gradient", mutates_args=())
 def _gradient(
-    name: str, p: Tensor, q: Tensor | None, keep: Tensor | None, temperature: list[float],
-    scale: Tensor, wrt: str,
+    name: str, parameters: list[float], p: Tensor, q: Tensor | None, keep: Tensor | None,
+    temperature: list[float], scale: Tensor, wrt: str,
 ) -> list[Tensor]:  # fmt: skip
     rows = (p.detach(),) if q is None else (p.detach(), q.detach())
     options: Any = {"temperature": temperature[0] if q is None else tuple(temperature)}
     side: Any = wrt
     _, gradient = value_and_grad(
-        name, *rows, wrt=side, grad_scale=scale.detach(), where=keep, **options
-    )
+        _full_name(name, parameters), *rows, wrt=side, grad_scale=scale.detach(), where=keep,
+        **options,
+    )  # fmt: skip
     return list(gradient) if wrt == "both" else [gradient]
 
 
 @_gradient.register_fake
 def _(
-    name: str, p: Tensor, q: Tensor | None, keep: Tensor | None, temperature: list[float],
-    scale: Tensor, wrt: str,
+    name: str, parameters: list[float], p: Tensor, q: Tensor | None, keep: Tensor | None,
+    temperature: list[float], scale: Tensor, wrt: str,
 ) -> list[Tensor]:  # fmt: skip
     sides = {"p": [p], "q": [q], "both": [p, q]}[wrt]
     return [side.new_empty(side.shape) for side in sides if side is not None]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    name, p, q, keep, temperature = inputs
+    name, parameters, p, q, keep, temperature = inputs
     ctx.save_for_backward(p, q, keep)
-    ctx.name, ctx.temperature = name, temperature
+    ctx.name, ctx.parameters, ctx.temperature = name, parameters, temperature
 
 
 def _backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
     p, q, keep = ctx.saved_tensors
-    needs = {"p": ctx.needs_input_grad[1], "q": ctx.needs_input_grad[2]}
-    wanted = [side for side in "pq" if needs[side]]
-    if not wanted:
-        return None, None, None, None, None
-    wrt = "both" if len(wanted) == 2 else wanted[0]
-    found = _gradient(ctx.name, p, q, keep, ctx.temperature, upstream, wrt)
-    gradients = dict(zip(wanted, found, strict=True))
-    return None, gradients.get("p"), gradients.get("q"), None, None
+    wanted = [side for side, place in (("p", 2), ("q", 3)) if ctx.needs_input_grad[place]]
+    gradients: dict[str, Tensor] = {}
+    if wanted:
+        wrt = "both" if len(wanted) == 2 else wanted[0]
+        found = _gradient(ctx.name, ctx.parameters, p, q, keep, ctx.temperature, upstream, wrt)
+        gradients = dict(zip(wanted, found, strict=True))
+    return None, None, gradients.get("p"), gradients.get("q"), None, None
 
 
 _divergence.register_autograd(_backward, setup_context=_save)
@@ -128,30 +131,107 @@ def _no_second_derivative(ctx: Any, *upstream: Any) -> Any:
 _gradient.register_autograd(_no_second_derivative)
 
 
-def _result_dtype(p: Tensor, q: Tensor | None) -> torch.dtype:
-    wide = torch.float64 in (p.dtype, p.dtype if q is None else q.dtype)
+def _full_name(name: str, parameters: list[float]) -> str:
+    """A name with its parameters, as `klfast.value_and_grad` takes it."""
+    return ":".join([name, *map(repr, parameters)])
+
+
+def _widest(*tensors: Tensor | None) -> torch.dtype:
+    """The dtype of what is computed of these: float64 if one of them is, else float32."""
+    wide = any(each is not None and each.dtype == torch.float64 for each in tensors)
     return torch.float64 if wide else torch.float32
+
+
+# Arguments
+
+
+def _of_two(divergence: str) -> tuple[str, list[float]]:
+    """Name and parameters of a divergence of two batches."""
+    operation, parameters = differentiable(divergence)
+    if operation.arity == 1:
+        raise ValueError(f"divergence is {divergence!r}, of one batch; accepted: one of two")
+    return operation.name, list(parameters)
+
+
+def _check_rows(rows: Mapping[str, Any]) -> None:
+    """Logits (or hidden states and heads) are tensors of real numbers that `jvp` is not asked of.
+
+    Everything else about them is checked where they are read.
+    """
+    for name, each in rows.items():
+        if not isinstance(each, Tensor):
+            raise TypeError(f"{name} is of type {type(each).__name__}; accepted: torch.Tensor")
+        if each.ndim == 0:
+            raise ValueError(f"{name} is a single number, of shape (); accepted: shape (..., V)")
+        if not each.is_floating_point():
+            raise TypeError(f"{name} has dtype {each.dtype}; accepted: {_FLOATS}")
+        # PyTorch would take the derivative of an operator that has none of this kind for 0.
+        if not torch.compiler.is_compiling() and unpack_dual(each).tangent is not None:
+            raise NotImplementedError(
+                f"{name} has a tangent, and klfast.torch has no forward-mode derivatives; accepted:"
+                " torch.autograd.grad, backward"
+            )
+
+
+_FLOATS = "float16, bfloat16, float32, float64"
+
+
+def _check_one_a_row(name: str, given: Any, shape: torch.Size, kind: str) -> None:
+    """``given`` has an entry for each row of a batch, of a kind: "boolean" or "integers"."""
+    if not isinstance(given, Tensor):
+        raise TypeError(f"{name} is of type {type(given).__name__}; accepted: torch.Tensor")
+    whole = not given.is_floating_point() and not given.is_complex()
+    if (given.dtype == torch.bool) != (kind == "boolean") or not whole:
+        raise TypeError(f"{name} has dtype {given.dtype}; accepted: {kind}")
+    fits = given.shape == shape
+    if not fits and kind == "boolean":
+        fits = given.ndim <= len(shape) and all(
+            one in (1, other)
+            for one, other in zip(reversed(given.shape), reversed(shape), strict=False)
+        )
+    if not fits:
+        raise ValueError(
+            f"{name} has shape {tuple(given.shape)}; accepted: {tuple(shape)}, one entry a row"
+            + (", or what broadcasts to it" if kind == "boolean" else "")
+        )
 
 
 def _evaluate(
     name: str,
-    p: Tensor,
-    q: Tensor | None,
+    parameters: list[float],
+    rows: Mapping[str, Tensor],
     temperature: float | tuple[float, float],
     where: Tensor | None,
     reduction: str,
 ) -> Tensor:
+    """An operation of P and maybe Q, which ``rows`` has in this order by their names."""
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"reduction is {reduction!r}; accepted: 'none', 'mean', 'sum'")
-    differentiable(name)  # raises for what is not, and for parameters outside their range
-    given = temperature if isinstance(temperature, tuple) else (temperature,) * 2
+    _check_rows(rows)
+    p, q = (*rows.values(), None)[:2]
+    shape = p.shape[:-1]
     if q is not None:
+        if p.shape[-1] != q.shape[-1]:
+            raise ValueError(
+                f"{' and '.join(rows)} have vocabularies of {p.shape[-1]} and {q.shape[-1]} "
+                "entries; accepted: the same number"
+            )
         # Expanded here, so that autograd adds up the gradient of rows that are repeated.
-        shape = torch.broadcast_shapes(p.shape[:-1], q.shape[:-1])
+        try:
+            shape = torch.broadcast_shapes(shape, q.shape[:-1])
+        except RuntimeError:
+            raise ValueError(
+                f"{' and '.join(rows)} have shapes {tuple(p.shape)} and {tuple(q.shape)}; accepted:"
+                " batch axes (all but the last) that broadcast"
+            ) from None
         p = p.expand(*shape, p.shape[-1])
         q = q.expand(*shape, q.shape[-1])
-    keep = None if where is None else where.expand(p.shape[:-1])
-    value = _divergence(name, p, q, keep, [float(each) for each in given])
+    keep = None
+    if where is not None:
+        _check_one_a_row("where", where, shape, "boolean")
+        keep = where.expand(shape)
+    given = list(temperatures(temperature, len(rows)))
+    value = _divergence(name, parameters, p, q, keep, given)
     if reduction == "none":
         return value
     total = value.sum()
@@ -191,7 +271,7 @@ def kl_divergence(
     Source:
         Kullback and Leibler, On Information and Sufficiency, 1951
     """
-    return _evaluate("kl", p, q, temperature, where, reduction)
+    return _evaluate("kl", [], {"p": p, "q": q}, temperature, where, reduction)
 
 
 def jeffreys_divergence(
@@ -203,7 +283,7 @@ def jeffreys_divergence(
     reduction: Reduction = "none",
 ) -> Tensor:
     """KL both ways, summed; arguments as of `kl_divergence`."""
-    return _evaluate("jeffreys", p, q, temperature, where, reduction)
+    return _evaluate("jeffreys", [], {"p": p, "q": q}, temperature, where, reduction)
 
 
 def js_divergence(
@@ -220,7 +300,9 @@ def js_divergence(
     Liger-Kernel's JSD of beta, and TRL's between the ends of beta, are this with P the teacher,
     Q the student and weight = beta.
     """
-    return _evaluate(f"js:{weight!r}", p, q, temperature, where, reduction)
+    return _evaluate(
+        "js", [number("weight", weight)], {"p": p, "q": q}, temperature, where, reduction
+    )
 
 
 def renyi_divergence(
@@ -233,7 +315,9 @@ def renyi_divergence(
     reduction: Reduction = "none",
 ) -> Tensor:
     """Rényi divergence of order `alpha`; arguments as of `kl_divergence`."""
-    return _evaluate(f"renyi:{alpha!r}", p, q, temperature, where, reduction)
+    return _evaluate(
+        "renyi", [number("alpha", alpha)], {"p": p, "q": q}, temperature, where, reduction
+    )
 
 
 def alpha_divergence(
@@ -246,7 +330,9 @@ def alpha_divergence(
     reduction: Reduction = "none",
 ) -> Tensor:
     """alpha-divergence, KL(P, Q) at 1 and KL(Q, P) at 0; arguments as of `kl_divergence`."""
-    return _evaluate(f"alpha:{alpha!r}", p, q, temperature, where, reduction)
+    return _evaluate(
+        "alpha", [number("alpha", alpha)], {"p": p, "q": q}, temperature, where, reduction
+    )
 
 
 def tsallis_divergence(
@@ -259,7 +345,9 @@ def tsallis_divergence(
     reduction: Reduction = "none",
 ) -> Tensor:
     """Tsallis relative entropy of order `alpha`; arguments as of `kl_divergence`."""
-    return _evaluate(f"tsallis:{alpha!r}", p, q, temperature, where, reduction)
+    return _evaluate(
+        "tsallis", [number("alpha", alpha)], {"p": p, "q": q}, temperature, where, reduction
+    )
 
 
 def total_variation(
@@ -274,7 +362,7 @@ def total_variation(
 
     Where p = q, which has no derivative, the entry counts as 0.
     """
-    return _evaluate("tv", p, q, temperature, where, reduction)
+    return _evaluate("tv", [], {"p": p, "q": q}, temperature, where, reduction)
 
 
 def squared_hellinger(
@@ -286,7 +374,7 @@ def squared_hellinger(
     reduction: Reduction = "none",
 ) -> Tensor:
     """Squared Hellinger distance; arguments as of `kl_divergence`."""
-    return _evaluate("hellinger2", p, q, temperature, where, reduction)
+    return _evaluate("hellinger2", [], {"p": p, "q": q}, temperature, where, reduction)
 
 
 def chi2_divergence(
@@ -298,7 +386,7 @@ def chi2_divergence(
     reduction: Reduction = "none",
 ) -> Tensor:
     """Pearson's chi-squared divergence; arguments as of `kl_divergence`."""
-    return _evaluate("chi2", p, q, temperature, where, reduction)
+    return _evaluate("chi2", [], {"p": p, "q": q}, temperature, where, reduction)
 
 
 def cross_entropy(
@@ -310,7 +398,7 @@ def cross_entropy(
     reduction: Reduction = "none",
 ) -> Tensor:
     """Cross-entropy of Q under P, both given by logits; arguments as of `kl_divergence`."""
-    return _evaluate("cross_entropy", p, q, temperature, where, reduction)
+    return _evaluate("cross_entropy", [], {"p": p, "q": q}, temperature, where, reduction)
 
 
 def entropy(
@@ -321,7 +409,7 @@ def entropy(
     reduction: Reduction = "none",
 ) -> Tensor:
     """Shannon entropy; arguments as of `kl_divergence`."""
-    return _evaluate("entropy", p, None, temperature, where, reduction)
+    return _evaluate("entropy", [], {"p": p}, temperature, where, reduction)
 
 
 # Losses
@@ -364,14 +452,28 @@ def distillation_loss(
     """
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"alpha is {alpha!r}; accepted: a number in [0, 1]")
-    keep = None if labels is None else labels != ignore_index
-    soft = _evaluate(divergence, teacher.detach(), student, temperature, keep, "mean")
+    rows = {"student": student, "teacher": teacher}
+    _check_rows(rows)
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"student and teacher have shapes {tuple(student.shape)} and {tuple(teacher.shape)}; "
+            "accepted: the same"
+        )
+    keep = None
+    if labels is not None:
+        _check_one_a_row("labels", labels, student.shape[:-1], "integers")
+        keep = labels != ignore_index
+    (temperature,) = temperatures(temperature, 1)
+    soft = _evaluate(
+        *_of_two(divergence), {"teacher": teacher.detach(), "student": student}, temperature,
+        keep, "mean",
+    )  # fmt: skip
     soft = soft * temperature**2
     if labels is None:
         return soft
     wide = student if student.dtype == torch.float64 else student.float()
     hard = torch.nn.functional.cross_entropy(
-        wide.reshape(-1, wide.shape[-1]), labels.reshape(-1), ignore_index=ignore_index
+        wide.reshape(-1, wide.shape[-1]), labels.reshape(-1).long(), ignore_index=ignore_index
     )
     return alpha * soft + (1.0 - alpha) * hard
 
@@ -384,7 +486,7 @@ def kl_div(
     KL(teacher, student). As there, "mean" divides the sum by the number of entries, "batchmean" by
     the length of the first axis; "none" is one value a row here, not one an entry.
     """
-    total = _evaluate("kl", teacher, student, 1.0, None, "none")
+    total = _evaluate("kl", [], {"teacher": teacher, "student": student}, 1.0, None, "none")
     if reduction == "none":
         return total
     divisor = {"sum": 1, "batchmean": student.shape[0], "mean": student.numel()}.get(reduction)
@@ -412,9 +514,15 @@ def generalized_jsd_loss(
 
     Source: Agarwal et al., On-Policy Distillation of Language Models, 2024
     """
-    name = {0.0: "kl", 1.0: "reverse_kl"}.get(float(beta), f"js:{float(beta)!r}")
-    keep = None if labels is None else labels != -100
-    value = _evaluate(name, teacher_logits, student_logits, temperature, keep, "none")
+    beta = number("beta", beta)
+    name = {0.0: "kl", 1.0: "reverse_kl"}.get(beta, "js")
+    rows = {"teacher_logits": teacher_logits, "student_logits": student_logits}
+    keep = None
+    if labels is not None:
+        _check_one_a_row("labels", labels, student_logits.shape[:-1], "integers")
+        keep = labels != -100
+    parameters = [beta] if name == "js" else []
+    value = _evaluate(name, parameters, rows, temperature, keep, "none")
     if reduction == "none":
         return value
     if reduction == "sum":
@@ -427,81 +535,104 @@ def generalized_jsd_loss(
 # From hidden states to the loss, without the logits
 
 
-class _LinearLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, teacher_hidden: Tensor,
-        teacher_weight: Tensor, teacher_bias: Tensor | None, keep: Tensor | None, name: str,
-        temperature: float, block_bytes: int,
-    ) -> Tensor:  # fmt: skip
-        rows, vocabulary = hidden.shape[0], weight.shape[0]
-        kept = rows if keep is None else int(keep.sum())
-        scale = 1.0 / kept if kept else math.nan
-        needs = ctx.needs_input_grad[:3]
-        step = max(1, block_bytes // (4 * vocabulary))
-        gradients: list[Tensor | None] = [
-            torch.zeros(each.shape, dtype=torch.float32) if need and each is not None else None
-            for each, need in zip((hidden, weight, bias), needs, strict=True)
+@torch.library.custom_op("klfast::linear_loss", mutates_args=())
+def _linear_loss(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, teacher_hidden: Tensor,
+    teacher_weight: Tensor, teacher_bias: Tensor | None, keep: Tensor | None, name: str,
+    temperature: float, block_bytes: int, needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The loss, and its gradients with respect to the first three (empty where not needed)."""
+    rows, vocabulary = hidden.shape[0], weight.shape[0]
+    kept = rows if keep is None else int(keep.sum())
+    scale = temperature**2 / kept if kept else math.nan
+    dtype = _widest(hidden, weight, teacher_hidden, teacher_weight)
+    step = max(1, block_bytes // (dtype.itemsize * vocabulary))
+    student = (hidden, weight, bias)
+    gradients = [
+        torch.zeros(each.shape, dtype=dtype) if need and each is not None else None
+        for each, need in zip(student, needs, strict=True)
+    ]
+    heads = [each.detach().to(dtype) for each in (weight, teacher_weight)]
+    biases = [None if each is None else each.detach() for each in (bias, teacher_bias)]
+    memory = [torch.empty(min(step, rows), vocabulary, dtype=dtype) for _ in range(2)]
+    total = torch.zeros((), dtype=torch.float64)
+    for start in range(0, rows, step):
+        part = slice(start, min(start + step, rows))
+        states = [each[part].detach().to(dtype) for each in (hidden, teacher_hidden)]
+        logits = [
+            _logits(state, head, offset, into[: len(state)])
+            for state, head, offset, into in zip(states, heads, biases, memory, strict=True)
         ]
-        heads = [_wide(each) for each in (weight, teacher_weight)]
-        memory = [torch.empty(min(step, rows), vocabulary) for _ in range(2)]
-        total = torch.zeros((), dtype=torch.float64)
-        for start in range(0, rows, step):
-            part = slice(start, min(start + step, rows))
-            states = [_wide(each[part]) for each in (hidden, teacher_hidden)]
-            logits = [
-                _logits(state, head, offset, into[: len(state)])
-                for state, head, offset, into in zip(
-                    states, heads, (bias, teacher_bias), memory, strict=True
-                )
-            ]
-            where = None if keep is None else keep[part]
-            if not any(needs):
-                value = _divergence(name, logits[1], logits[0], where, [temperature] * 2)
-                total += value.sum(dtype=torch.float64)
-                continue
-            # The gradient takes the place of the student's logits.
-            value, gradient = value_and_grad(
-                name, logits[1], logits[0], wrt="q", grad_scale=scale, out=logits[0],
-                where=where, temperature=temperature,
-            )  # fmt: skip
-            if where is not None:
-                value = torch.where(where, value, 0.0)
+        where = None if keep is None else keep[part]
+        pair = (name, logits[1], logits[0])
+        if not any(needs):
+            value = _divergence(*_of_two(name), logits[1], logits[0], where, [temperature] * 2)
             total += value.sum(dtype=torch.float64)
-            if gradients[0] is not None:
-                torch.mm(gradient, heads[0], out=gradients[0][part])
-            if gradients[1] is not None:
-                gradients[1].addmm_(gradient.T, states[0])
-            if gradients[2] is not None:
-                gradients[2] += gradient.sum(0)
-        ctx.gradients = [
-            None if each is None else each.to(like.dtype)
-            for each, like in zip(gradients, (hidden, weight, bias), strict=True)
-        ]
-        return (total * scale).float()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
-        if ctx.gradients is None:
-            raise RuntimeError(
-                "linear_distillation_loss keeps its gradients for one backward pass; call it again"
-            )
-        # In place: the gradient of the head is the largest array there is.
-        found = [None if each is None else each.mul_(upstream) for each in ctx.gradients]
-        ctx.gradients = None
-        return (*found, *(None,) * 7)
+            continue
+        # The gradient takes the place of the student's logits.
+        value, gradient = value_and_grad(
+            *pair, wrt="q", grad_scale=scale, out=logits[0], where=where, temperature=temperature
+        )
+        if where is not None:
+            value = torch.where(where, value, 0.0)
+        total += value.sum(dtype=torch.float64)
+        if gradients[0] is not None:
+            torch.mm(gradient, heads[0], out=gradients[0][part])
+        if gradients[1] is not None:
+            gradients[1].addmm_(gradient.T, states[0])
+        if gradients[2] is not None:
+            gradients[2] += gradient.sum(0)
+    of_hidden, of_weight, of_bias = (
+        hidden.new_empty(0) if each is None or like is None else each.to(like.dtype)
+        for each, like in zip(gradients, student, strict=True)
+    )
+    return (total * scale).to(dtype), of_hidden, of_weight, of_bias
 
 
-def _wide(x: Tensor) -> Tensor:
-    """In float32, in which the logits are accumulated; a copy only if it is not."""
-    return x.detach().float()
+@_linear_loss.register_fake
+def _(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, teacher_hidden: Tensor,
+    teacher_weight: Tensor, teacher_bias: Tensor | None, keep: Tensor | None, name: str,
+    temperature: float, block_bytes: int, needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    of_hidden, of_weight, of_bias = (
+        each.new_empty(each.shape) if need and each is not None else hidden.new_empty(0)
+        for each, need in zip((hidden, weight, bias), needs, strict=True)
+    )
+    dtype = _widest(hidden, weight, teacher_hidden, teacher_weight)
+    return hidden.new_empty((), dtype=dtype), of_hidden, of_weight, of_bias
+
+
+def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[1:])
+
+
+def _scale_gradients(ctx: Any, upstream: Tensor | None, *second: Tensor | None) -> Any:
+    if any(each is not None for each in second):
+        _no_second_derivative(ctx)
+    try:
+        gradients = ctx.saved_tensors
+    except RuntimeError as error:
+        raise RuntimeError(
+            "linear_distillation_loss keeps its gradients for one backward pass; call it again"
+        ) from error
+    found = [None, None, None]
+    for place, (gradient, need) in enumerate(zip(gradients, ctx.needs_input_grad, strict=False)):
+        if need and upstream is not None:
+            # In place: the gradient of the head is the largest array there is.
+            again = torch.is_grad_enabled()  # create_graph=True
+            found[place] = gradient * upstream if again else gradient.detach().mul_(upstream)
+    return (*found, *(None,) * 8)
+
+
+_linear_loss.register_autograd(_scale_gradients, setup_context=_save_gradients)
 
 
 def _logits(state: Tensor, head: Tensor, bias: Tensor | None, into: Tensor) -> Tensor:
     torch.mm(state, head.T, out=into)
     if bias is not None:
-        into += bias.detach()
+        into += bias
     return into
 
 
@@ -539,8 +670,20 @@ def linear_distillation_loss(
         block_bytes: memory of one block of logits; two are held.
 
     Returns:
-        One float32 number, differentiable once in the student's hidden states, weight and bias.
+        One number, float32 or, if an input is, float64; differentiable once in the student's
+        hidden states, weight and bias. Its gradients are made in the forward pass, so that it can
+        be called backward through once.
+
+    Raises:
+        TypeError, ValueError: for arguments that are no tensors of real numbers, or do not fit.
+        NotImplementedError: in a second derivative.
     """
+    given = {
+        "student_hidden": student_hidden, "student_weight": student_weight,
+        "teacher_hidden": teacher_hidden, "teacher_weight": teacher_weight,
+    }  # fmt: skip
+    biases = {"student_bias": student_bias, "teacher_bias": teacher_bias}
+    _check_rows(given | {name: each for name, each in biases.items() if each is not None})
     for name, state, head in (
         ("student", student_hidden, student_weight),
         ("teacher", teacher_hidden, teacher_weight),
@@ -560,13 +703,28 @@ def linear_distillation_loss(
             f"student_hidden and teacher_hidden have shapes {tuple(student_hidden.shape)} and "
             f"{tuple(teacher_hidden.shape)}; accepted: the same batch axes"
         )
-    differentiable(divergence)
-    loss: Tensor = _LinearLoss.apply(
-        student_hidden.flatten(0, -2), student_weight, student_bias,
-        teacher_hidden.detach().flatten(0, -2), teacher_weight.detach(), teacher_bias,
-        None if where is None else where.flatten(), divergence, float(temperature), block_bytes,
-    )  # fmt: skip
-    return loss * temperature**2
+    for name, each in biases.items():
+        if each is not None and each.shape != student_weight.shape[:1]:
+            raise ValueError(
+                f"{name} has shape {tuple(each.shape)}; accepted: {tuple(student_weight.shape[:1])}"
+            )
+    if where is not None:
+        _check_one_a_row("where", where, student_hidden.shape[:-1], "boolean")
+        where = where.expand(student_hidden.shape[:-1]).reshape(-1)
+    if block_bytes < 1:
+        raise ValueError(f"block_bytes is {block_bytes!r}; accepted: a whole number above 0")
+    _of_two(divergence)
+    (temperature,) = temperatures(temperature, 1)
+    student = (student_hidden.reshape(-1, student_hidden.shape[-1]), student_weight, student_bias)
+    needs = [
+        torch.is_grad_enabled() and each is not None and each.requires_grad for each in student
+    ]
+    loss: Tensor = _linear_loss(
+        *student, teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1]),
+        teacher_weight.detach(), None if teacher_bias is None else teacher_bias.detach(), where,
+        divergence, temperature, block_bytes, needs,
+    )[0]  # fmt: skip
+    return loss
 
 
 # Gaussians, whose gradients come from the same kernel as the value
@@ -583,7 +741,7 @@ def _gaussian_kl(
 
 @_gaussian_kl.register_fake
 def _(mean_p: Tensor, logvar_p: Tensor, mean_q: Tensor | None, logvar_q: Tensor | None) -> Tensor:
-    return mean_p.new_empty(mean_p.shape[:-1], dtype=_result_dtype(mean_p, None))
+    return mean_p.new_empty(mean_p.shape[:-1], dtype=_widest(mean_p))
 
 
 @torch.library.custom_op("klfast::gaussian_kl_gradient", mutates_args=())
