@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from ._gradients import ValueAndGradient, value_and_grad
     from ._machine import info
     from ._sources import LogitSource, SourceError, open_logits
+    from ._states import RowState
 
 __version__ = "0.1.0"
 
@@ -55,6 +56,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "Evaluation": "_evaluation",
     "LogitSource": "_sources",
+    "RowState": "_states",
     "SourceError": "_sources",
     "Timing": "_bench",
     "ValueAndGradient": "_gradients",
@@ -72,6 +74,7 @@ __all__ = [
     "Evaluation",
     "Explanation",
     "LogitSource",
+    "RowState",
     "SourceError",
     "Timing",
     "ValueAndGradient",
