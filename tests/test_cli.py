@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,17 +11,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import klfast
 from klfast import _peers
-from klfast._evaluation import evaluate
+from klfast._job import evaluate
 from klfast._machine import info
 from klfast.cli import main
+from klfast.llama_cpp import BaseLogits, statistics
 
 RANDOM = np.random.default_rng(5)
 BASE = 3 * RANDOM.standard_normal((30, 80)).astype(np.float32)
 TEST = BASE + 0.3 * RANDOM.standard_normal(BASE.shape).astype(np.float32)
 TARGETS = RANDOM.integers(0, 80, 30)
+OTHER = BASE + 0.6 * RANDOM.standard_normal(BASE.shape).astype(np.float32)
+EXAMPLES = Path(__file__).parents[1] / "examples" / "data"
+LIMIT = 0.08  # between the mean divergences of the two
 
 Outcome = tuple[int, str, str]
 Run = Callable[..., Outcome]
@@ -151,7 +157,7 @@ def test_other_options(run: Run) -> None:
     )  # fmt: skip
     assert status == 0
     (line,) = (line for line in out.splitlines() if line.startswith("kl "))
-    assert line.split()[1:] == ["0"] * 8
+    assert line.split()[1:] == ["0"] * 9
 
 
 def test_threads(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,6 +165,209 @@ def test_threads(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(klfast, "set_num_threads", asked.append)
     assert run("compare", "base.npy", "test.npy", "--threads", "1")[0] == 0
     assert asked == [1]
+
+
+def test_several_candidates(run: Run) -> None:
+    np.save("other.npy", OTHER)
+    status, out, err = run(
+        "compare", "base.npy", "test.npy", "other.npy", "--targets", "targets.npy",
+        "--json", "o.json", "--columns", "--fail-above", f"kl.mean={LIMIT}",
+    )  # fmt: skip
+    assert status == 3
+    assert err.startswith("klfast: limit violated: other.npy: kl.mean = ")
+    assert err.count("\n") == 1
+    expected = evaluate("base.npy", ["test.npy", "other.npy"], "targets.npy")
+    verdict = expected[0].versus(expected[1]).verdict
+    assert out.endswith(f"{verdict}\n")
+    assert verdict.startswith("test.npy is closer to the base than other.npy: mean kl ")
+    content = json.loads(Path("o.json").read_text())
+    assert content["differences"][0]["verdict"] == verdict
+    assert content["limits"]["violations"] == [err.split("violated: ")[1].strip()]
+    for found, each in zip(content["candidates"], expected, strict=True):
+        assert found["test"]["name"] == each.test["name"]
+        assert found["columns"]["kl"] == each.columns["kl"].tolist()
+        assert found["measures"] == each.summary().to_dict()["measures"]
+
+
+def test_sequences_and_bootstrap(run: Run) -> None:
+    np.save("labels.npy", np.arange(30) // 3)
+    arguments = ("compare", "base.npy", "test.npy", "--sequences", "labels.npy", "--json", "o.json")
+    status, out, _ = run(*arguments, "--bootstrap", "200")
+    assert status == 0
+    assert "30 of 10 sequences" in out
+    assert "200 bootstrap samples of the 10 sequences" in out
+    assert "10 sequences are so few that intervals tell little" in out
+    expected = evaluate("base.npy", "test.npy", sequences="labels.npy").summary(bootstrap=200)
+    content = json.loads(Path("o.json").read_text())
+    assert content["measures"]["kl"]["high"] == expected.measures["kl"].high
+    assert content["by_position"] == expected.to_dict()["by_position"]
+    status, out, _ = run(*arguments, "--bootstrap", "0")
+    assert status == 0
+    assert "bootstrap" not in out
+    assert run(*arguments, "--fail-above", f"kl.high={expected.measures['kl'].mean}")[0] == 3
+
+
+def test_metrics_all(run: Run) -> None:
+    status, out, _ = run("compare", "base.npy", "test.npy", "--metrics", "all")
+    assert status == 0
+    for name in ("js", "renyi:0.5", "renyi:2", "entropy_p", "entropy_q", "topk_overlap:5"):
+        assert f"\n{name} " in out
+
+
+def test_markdown(run: Run) -> None:
+    odd = "a|b<i>_[x](y).npy"
+    np.save(odd, OTHER)
+    status, _, _ = run(
+        "compare", "base.npy", "test.npy", odd, "--targets", "targets.npy", "--markdown", "o.md",
+        "--fail-above", "kl.mean=0",
+    )  # fmt: skip
+    assert status == 3
+    text = Path("o.md").read_text()
+    assert odd not in text
+    assert r"a\|b\<i\>\_\[x\](y).npy" in text
+    assert text.count("**limit violated**") == 2
+    assert "is closer to the base than" in text
+    for line in text.splitlines():
+        if line.startswith("| measure"):
+            cells = line.count(" | ")
+    rows = [line for line in text.splitlines() if line.startswith("| kl ")]
+    assert len(rows) == 2
+    assert {row.count(" | ") for row in rows} == {cells}
+    assert not leftovers("o.md", odd)
+
+
+def test_parquet(run: Run) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    assert run("compare", "base.npy", "test.npy", "test.npy", "--parquet", "o.parquet")[0] == 0
+    table = parquet.read_table("o.parquet")
+    expected = evaluate(BASE, TEST)
+    np.testing.assert_array_equal(table["kl"].to_numpy(), np.tile(expected.columns["kl"], 2))
+    assert not leftovers("o.parquet")
+
+
+def test_parquet_without_pyarrow(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    outcome = run("compare", "base.npy", "test.npy", "--parquet", "o.parquet")
+    assert outcome[:2] == (1, "")
+    assert outcome[2].startswith("klfast: writing Parquet needs the package pyarrow: pip install")
+    assert not leftovers()
+
+
+def test_checkpoint_and_resume(run: Run) -> None:
+    arguments = ("compare", "base.npy", "test.npy", "--checkpoint", "kept", "--json", "o.json")
+    assert run(*arguments)[0] == 0
+    first = json.loads(Path("o.json").read_text())
+    status, _, err = run(*arguments)
+    assert (status, err.count("\n")) == (1, 1)
+    assert err.startswith("klfast: kept: holds a checkpoint; continue it with --resume")
+    assert run(*arguments, "--resume")[0] == 0
+    assert json.loads(Path("o.json").read_text()) == first
+    status, _, err = run(*arguments, "--resume", "--temperature", "2")
+    assert status == 1
+    assert err == "klfast: kept: belongs to another job: temperature was 1.0, and is 2.0\n"
+
+
+def test_interrupt_says_how_to_go_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    compare, calls = klfast.compare, []
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return compare(*arguments, **options)
+
+    np.save("a b.npy", TEST)
+    arguments = ("compare", "base.npy", "a b.npy", "--checkpoint", "kept", "--chunk-rows", "5")
+    with monkeypatch.context() as patch:
+        patch.setattr(klfast, "compare", interrupted)
+        outcome = run(*arguments)
+    again = "klfast compare base.npy 'a b.npy' --checkpoint kept --chunk-rows 5 --resume"
+    message = f"klfast: interrupted; 10 of 30 rows are kept in kept; go on with: {again}\n"
+    assert outcome == (130, "", message)
+    status, out, _ = run(*shlex.split(again)[1:])
+    assert status == 0
+    assert "rows  30" in out
+
+
+def test_llama_compat_prints_only_that(run: Run) -> None:
+    base, test = (str(EXAMPLES / name) for name in ("base.kld", "q5_0.kld"))
+    status, out, err = run("compare", base, test, "--llama-compat")
+    assert (status, err) == (0, "")
+    expected = "\n".join(statistics(BaseLogits(base), BaseLogits(test)))
+    assert out == f"{expected}\n"
+    status, out, _ = run("compare", base, test, base, "--llama-compat")
+    assert (status, out.split("\n\n")[0]) == (0, f"{test}\n{expected}")
+    outcome = run("compare", "base.npy", "test.npy", "--llama-compat")
+    assert outcome[0] == 1
+    assert outcome[2].startswith("klfast: base.npy: does not begin with _logits_")
+
+
+def test_llama_files(run: Run) -> None:
+    base, test = (str(EXAMPLES / name) for name in ("base.kld", "q5_0.kld"))
+    status, out, err = run("compare", base, test, "--json", "o.json")
+    assert (status, err) == (0, "")
+    assert "16-bit log-probabilities, 1 x 23 x 30522" in out
+    assert "rounding logits to 16 bits causes by itself a mean kl of about" in out
+    content = json.loads(Path("o.json").read_text())
+    assert content["measures"]["kl"]["min"] > 0
+    assert content["measures"]["floor_mass_p"]["max"] < 1e-3
+    assert content["noise_floor"] < 1e-5
+
+
+def test_convert(run: Run) -> None:
+    base = str(EXAMPLES / "base.kld")
+    assert run("convert", base, "o.npy") == (0, "", "")
+    np.save("tokens.npy", BaseLogits(base).tokens)
+    arguments = ("o.npy", "o.kld", "--tokens", "tokens.npy", "--context", "48")
+    assert run("convert", *arguments, "--input", "log_probs") == (0, "", "")
+    assert Path("o.kld").read_bytes() == Path(base).read_bytes()
+    status, _, err = run("convert", "base.npy", "base.npy")
+    assert status == 2
+    assert "is one of the inputs, which would be overwritten" in err
+    outcome = run("convert", "base.npy", "new.kld")
+    assert outcome == (1, "", "klfast: a file of llama.cpp holds the text too: tokens and context "
+                       "are needed\n")  # fmt: skip
+    assert not leftovers("o.npy", "o.kld", "tokens.npy")
+
+
+def test_hidden_states_and_heads(run: Run) -> None:
+    weight = RANDOM.standard_normal((80, 16)).astype(np.float32)
+    save_file({"weight": weight, "bias": weight[:, 0].copy()}, "head.safetensors")
+    save_file({"lm_head.weight": weight, "norm.weight": weight[0].copy()}, "model.safetensors")
+    for name in ("p", "q"):
+        np.save(f"{name}.npy", RANDOM.standard_normal((30, 16)).astype(np.float32))
+    p, q = np.load("p.npy"), np.load("q.npy")
+    for files, base, test in (
+        (("p.npy", "q.npy", "--head", "head.safetensors"),
+         p @ weight.T + weight[:, 0], q @ weight.T + weight[:, 0]),
+        (("p.npy", "q.npy", "--head", "model.safetensors", "--head", "head.safetensors"),
+         p @ weight.T, q @ weight.T + weight[:, 0]),
+        (("head.safetensors", "model.safetensors", "--hidden", "q.npy"),
+         q @ weight.T + weight[:, 0], q @ weight.T),
+    ):  # fmt: skip
+        status, _, err = run("compare", *files, "--json", "o.json", "--columns")
+        assert (status, err) == (0, "")
+        found = json.loads(Path("o.json").read_text())["columns"]["kl"]
+        np.testing.assert_allclose(found, klfast.kl_divergence(base, test), rtol=1e-3, atol=1e-9)
+    assert run("compare", "p.npy", "q.npy", "--head", "no.npy")[2].startswith("klfast: no.npy: ")
+
+
+def test_a_folder_of_shards(run: Run) -> None:
+    Path("shards").mkdir()
+    for i in range(3):
+        np.save(f"shards/{i}.npy", TEST[10 * i : 10 * i + 10])
+    expected = evaluate(BASE, TEST).summary().to_dict()["measures"]
+    for name in ("shards", "shards/*.npy"):
+        assert run("compare", "base.npy", name, "--json", "o.json")[0] == 0
+        assert json.loads(Path("o.json").read_text())["measures"] == expected
+
+
+def test_memory_is_said_up_front(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("klfast.cli._LONG_JOB", 100)
+    status, _, err = run("compare", "base.npy", "test.npy")
+    assert status == 0
+    assert err.startswith("klfast: 30 rows of 80, 19.2 kB to read; at most ")
+    assert "of memory beside mapped files" in err
 
 
 # Status 1: the job failed
@@ -276,6 +485,20 @@ def test_interrupt_leaves_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
         (("compare", "base.npy", "test.npy", "--fail-above", "kl.men=1"), "nearest is 'kl.me"),
         (("compare", "base.npy", "test.npy", "--fail-above", "perplexity.ratio=1"), "no statistic"),
         (("compare", "base.npy", "test.npy", "--columns"), "--columns needs --json"),
+        (("compare", "base.npy", "test.npy", "--resume"), "--resume needs --checkpoint"),
+        (("compare", "base.npy", "test.npy", "--checkpoint", "base.npy"), "is not a folder"),
+        (("compare", "base.npy", "test.npy", "--report", "base.npy"), "is not a folder"),
+        (("compare", "base.npy", "test.npy", "--bootstrap", "1"), "0 or a number from 2"),
+        (("compare", "base.npy", "test.npy", "--bootstrap", "x"), "a whole number from 1"),
+        (("compare", "base.npy", "test.npy", "--checkpoint-every", "-1"), "seconds from 0"),
+        (("compare", "base.npy", "test.npy", "--vocab-size", "81"), "accepted: 1 to 80"),
+        (("compare", "base.npy", "test.npy", "--parquet", "test.npy"), "is one of the inputs"),
+        (("compare", "base.npy", "test.npy", "--markdown", "no/o.md"), "there is no folder no"),
+        (("compare", "base.npy", "test.npy", "--tokenizer", "x"), "--tokenizer needs --report"),
+        (("compare", "b", "t", "--llama-compat", "--json", "o"), "does not go with --json"),
+        (("compare", "b", "t", "--llama-compat", "--fail-above", "kl.mean=1"), "does not go with"),
+        (("compare", "base.npy", "t", "--head", "h", "--hidden", "h"), "give only one"),
+        (("compare", "base.npy", "t", "u", "--head", "h", "--head", "h"), "accepted: 1 or 3 times"),
         (("compare", "base.npy", "test.npy", "--json", "no/o.json"), "there is no folder no"),
         (("compare", "base.npy", "test.npy", "--json", "."), "is not a regular file"),
         (("compare", "base.npy", "test.npy", "--json", "base.npy"), "is one of the inputs"),
@@ -298,7 +521,8 @@ def test_bar_on_a_terminal_only(run: Run, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     status, out, err = run("compare", "base.npy", "test.npy", "--chunk-rows", "1")
     assert status == 0
-    assert "rows/s" in err
+    assert "rows/s, " in err
+    assert "GB/s" in err
     assert "left" in err
     assert "measure" in out
 
@@ -307,7 +531,8 @@ def test_missing_rich_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setitem(sys.modules, "rich", None)
     status, _, err = run("compare", "base.npy", "test.npy")
-    assert (status, err.count("\n")) == (0, 1)
+    assert (status, err.count("\n")) == (0, 2)
+    assert "memory" in err
     assert 'pip install "klfast[eval]"' in err
 
 

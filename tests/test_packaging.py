@@ -53,7 +53,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_module_of_the_repository_is_in_the_wheel(installed: Path) -> None:
     for source, package in ((ROOT / "src/klfast", "klfast"), (ROOT / "kernels", "klfast/kernels")):
         for path in source.rglob("*"):
-            if path.suffix in (".py", ".cu", ".cuh", ".typed"):
+            if path.suffix in (".py", ".cu", ".cuh", ".html", ".typed"):
                 assert (installed / package / path.relative_to(source)).is_file(), path
     assert (installed / "klfast/py.typed").is_file()
 
@@ -95,7 +95,7 @@ def test_metadata(installed: Path) -> None:
 
 def test_extras() -> None:
     extras = PROJECT["project"]["optional-dependencies"]
-    assert set(extras) >= {"cuda12", "cuda13", "eval", "torch", "bench", "dev"}
+    assert set(extras) >= {"cuda12", "cuda13", "eval", "report", "zarr", "torch", "bench", "dev"}
 
 
 def test_import_is_light(installed: Path) -> None:

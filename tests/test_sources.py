@@ -271,7 +271,7 @@ def header_beyond_the_file(path: Path) -> Path:
 
 BAD = [
     ("No such file", missing),
-    ("directory", folder),
+    ("holds no .npy, .npz, .safetensors file", folder),
     ("unknown kind of file; accepted are .npy, .npz, .safetensors", unknown_kind),
     ("is empty", lambda p: empty(p, ".npy")),
     ("is empty", lambda p: empty(p, ".npz")),

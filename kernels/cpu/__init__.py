@@ -90,6 +90,7 @@ _SIGNATURE = {
     "exact": "q" * 19 + "d" * 3,
     "gradients": "q" * 21 + "d" * 3,
     "top_k": "q" * 18,
+    "floors": "q" * 12,
     "read": "q" * 5,
 }
 
@@ -777,3 +778,31 @@ def info() -> dict[str, object]:
         "vector_bits": native.vector_bits(),
         "cache": "none: no folder can be written to" if directory is None else str(directory),
     }
+
+
+# --- 16-bit log-probabilities ------------------------------------------------------------
+
+
+def join_floors(
+    sides: Sequence[tuple[NDArray[Any], Values]], rows: Sequence[NDArray[np.float32]]
+) -> Values:
+    """Decode rows of both sides into ``rows``, with -inf where either is at its floor.
+
+    Each side is its words, uint16 (n, V), or log-probabilities, float32 (n, V), of any stride
+    between rows, and four numbers a row, as kernels/cpu/floors.py has them. ``rows`` are two
+    float32 arrays (n, V or more); those of log-probabilities may be the very ones. Returns five
+    numbers a row and side, (n, 2, 5), see there.
+    """
+    (p, of_p), (q, of_q) = sides
+    n, width = p.shape
+    parameters = np.ascontiguousarray(np.stack([of_p, of_q], 1), np.float64)
+    results = np.empty((n, 2, 5))
+    counter = np.zeros(1, np.int64)
+    function = _kernel("floors", p.dtype.name, q.dtype.name)
+    arguments = (
+        p.ctypes.data, p.strides[0], q.ctypes.data, q.strides[0], width, n, _address(counter),
+        _address(parameters), rows[0].ctypes.data, rows[1].ctypes.data, rows[0].strides[0],
+        _address(results),
+    )  # fmt: skip
+    _launch(function, arguments, 2 * n * width, alone=False)
+    return results

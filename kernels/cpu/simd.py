@@ -449,8 +449,9 @@ def lane_is(typingctx, like, n):
 # --- memory ----------------------------------------------------------------------------
 
 #: Element types in memory: bytes of one element.
-ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+ITEMSIZE = {"uint16": 2, "float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 _STORED = {
+    "uint16": ir.IntType(16),
     "float16": ir.HalfType(),
     "bfloat16": ir.IntType(16),
     "float32": ir.FloatType(),
@@ -466,6 +467,8 @@ def _widen(builder, loaded, dtype, ty):
         loaded = builder.bitcast(bits, ir.VectorType(ir.FloatType(), ty.lanes))
     if loaded.type == ty.llvm:
         return loaded
+    if dtype == "uint16":
+        return builder.uitofp(loaded, ty.llvm)
     return builder.fpext(loaded, ty.llvm)
 
 
@@ -485,7 +488,7 @@ def loader(dtype, ty):
 
 
 def tail_loader(dtype, ty):
-    """An intrinsic ``load(address, n)``: the first ``n`` lanes are read, the rest -inf."""
+    """An intrinsic ``load(address, n)``: the first ``n`` lanes are read, the rest -inf (or 0)."""
     memory = ir.VectorType(_STORED[dtype], ty.lanes)
 
     @intrinsic
@@ -495,9 +498,9 @@ def tail_loader(dtype, ty):
             wide = Vector(types.int64, ty.lanes)
             n64 = context.cast(builder, args[1], sig.args[1], types.int64)
             mask = builder.icmp_signed("<", _lane_numbers(ty), _splat(builder, n64, wide))
-            letter = "i" if dtype == "bfloat16" else "f"
+            letter = "i" if dtype in ("uint16", "bfloat16") else "f"
             suffix = f"v{ty.lanes}{letter}{ITEMSIZE[dtype] * 8}"
-            minus_inf = 0xFF80 if dtype == "bfloat16" else float("-inf")
+            minus_inf = {"uint16": 0, "bfloat16": 0xFF80}.get(dtype, float("-inf"))
             fill = ir.Constant(memory, [minus_inf] * ty.lanes)
             name = f"llvm.masked.load.{suffix}.p0"
             i32 = ir.IntType(32)

@@ -44,8 +44,11 @@ from .errors import BackendUnavailable
 
 if TYPE_CHECKING:
     from ._bench import Timing, bench
-    from ._evaluation import Evaluation, evaluate
+    from ._evaluation import Evaluation
     from ._gradients import ValueAndGradient, value_and_grad
+    from ._html import write_report
+    from ._job import evaluate
+    from ._linear import LinearLogits
     from ._machine import info
     from ._sources import LogitSource, SourceError, open_logits
     from ._states import RowState
@@ -55,16 +58,18 @@ __version__ = "0.1.0"
 # What evaluation jobs use is imported on first use: it costs more than the rest together.
 _LAZY = {
     "Evaluation": "_evaluation",
+    "LinearLogits": "_linear",
     "LogitSource": "_sources",
     "RowState": "_states",
     "SourceError": "_sources",
     "Timing": "_bench",
     "ValueAndGradient": "_gradients",
     "bench": "_bench",
-    "evaluate": "_evaluation",
+    "evaluate": "_job",
     "info": "_machine",
     "open_logits": "_sources",
     "value_and_grad": "_gradients",
+    "write_report": "_html",
 }
 
 __all__ = [
@@ -73,6 +78,7 @@ __all__ = [
     "Comparison",
     "Evaluation",
     "Explanation",
+    "LinearLogits",
     "LogitSource",
     "RowState",
     "SourceError",
@@ -105,6 +111,7 @@ __all__ = [
     "tsallis_divergence",
     "value_and_grad",
     "warmup",
+    "write_report",
 ]
 
 

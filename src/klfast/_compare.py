@@ -93,12 +93,19 @@ def compare(
     and with `targets`, integers of the shape of the batch, "nll_p", "nll_q" and "delta_prob"
     (q - p of the target).
 
+    `p` and `q` may also be `LogitSource` objects, such as `klfast.LinearLogits`, which are read a
+    few rows at a time; the results are NumPy arrays then.
+
     None takes what an evaluation of a quantized model needs: "kl" for the information lost,
     "reverse_kl" for mass that P does not have, "tv" for the largest change in the probability of
     any set of tokens, "same_top" for greedy decoding, and the three of the targets if there are
     any. Rows that `where` drops may have any target. Raises IndexError with the first target that
     is out of range, and ValueError with the nearest name for an unknown metric.
     """
+    if hasattr(p, "read") or hasattr(q, "read"):
+        from ._job import compare_sources
+
+        return compare_sources(p, q, metrics, targets, options)
     if metrics is None:
         metrics = DEFAULT_METRICS + (() if targets is None else TARGET_METRICS)
     names = tuple(dict.fromkeys((metrics,) if isinstance(metrics, str) else metrics))

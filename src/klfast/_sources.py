@@ -1,16 +1,19 @@
-"""Logits wherever they are, read as rows: arrays, and ``.npy``, ``.npz``, ``.safetensors`` files.
+"""Logits wherever they are, read as rows: arrays, files, folders of files.
 
 A file is memory-mapped where its format allows it, so that opening one costs nothing and files
-larger than memory work; a compressed ``.npz`` member is decompressed as its rows are asked for.
-Nothing is ever unpickled.
+larger than memory work; a compressed ``.npz`` member and Zarr chunks are decompressed as their
+rows are asked for. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
 
+import glob
 import importlib
+import itertools
 import json
 import math
 import os
+import re
 import struct
 import weakref
 import zipfile
@@ -26,7 +29,10 @@ from ._arrays import dtype_name
 
 SUFFIXES = (".npy", ".npz", ".safetensors")
 
-_INSTALL = 'pip install "klfast[eval]"'
+_INDEX = ".index.json"
+# A Zarr chunk of more than this is not held at once.
+_BAND_BYTES = 256 * 2**20
+
 _SAFETENSORS_DTYPES = {
     "F16": "<f2", "F32": "<f4", "F64": "<f8", "BF16": "bfloat16", "BOOL": "?",
     "I8": "i1", "I16": "<i2", "I32": "<i4", "I64": "<i8",
@@ -42,7 +48,9 @@ class SourceError(ValueError):
 class LogitSource(Protocol):
     """Rows of logits, wherever they come from.
 
-    An evaluation reads rows in order, a chunk at a time, and asks for nothing else.
+    An evaluation reads rows in order, a chunk at a time. These may be there too: ``unit_rows``,
+    how many rows are best read at a time, or a multiple of it; ``row_bytes``, read for each;
+    ``memory``, bytes held beside the rows; ``files``, what a checkpoint is to watch.
     """
 
     @property
@@ -67,6 +75,8 @@ class ArraySource:
     ``array`` is a NumPy array or of any other kind that `klfast.compare` takes; its last axis is
     the vocabulary.
     """
+
+    mapped = True  # nothing is held beside the array itself
 
     def __init__(self, array: Any, name: str) -> None:
         self.name = name
@@ -109,27 +119,121 @@ class CompressedSource:
             return self._array.entries(start * width, stop * width).reshape(stop - start, width)
 
 
+class ShardedSource:
+    """Rows of several sources, one after the other."""
+
+    def __init__(self, shards: Sequence[LogitSource], name: str, files: Sequence[Path]) -> None:
+        self.name = name
+        self.files = tuple(map(str, files))
+        first = shards[0]
+        self.dtype = first.dtype
+        for each in shards:
+            if (each.dtype, each.shape[-1]) != (first.dtype, first.shape[-1]):
+                raise SourceError(
+                    f"{each.name}: has rows of {each.shape[-1]} {each.dtype}, but {first.name} of "
+                    f"{first.shape[-1]} {first.dtype}; shards must be alike"
+                )
+            if hasattr(each, "targets"):
+                raise SourceError(f"{each.name}: a file of llama.cpp is compared by itself")
+        counts = [math.prod(each.shape[:-1]) for each in shards]
+        alike = len({(len(each.shape), each.shape[1:]) for each in shards}) == 1
+        self.shape = (
+            (sum(each.shape[0] for each in shards), *first.shape[1:])
+            if alike and len(first.shape) > 1
+            else (sum(counts), first.shape[-1])
+        )
+        self.mapped = all(isinstance(each, ArraySource) for each in shards)
+        self._shards = shards
+        self._starts = list(itertools.accumulate(counts, initial=0))
+
+    def read(self, start: int, stop: int) -> NDArray[Any]:
+        parts = []
+        ends = itertools.pairwise(self._starts)
+        for shard, (begin, end) in zip(self._shards, ends, strict=True):
+            first, last = max(start, begin), min(stop, end)
+            if first < last:
+                parts.append(shard.read(first - begin, last - begin))
+        if len(parts) == 1:
+            found: NDArray[Any] = parts[0]  # not copied
+            return found
+        return np.concatenate(parts) if parts else self._shards[0].read(0, 0)
+
+
+class ZarrSource:
+    """Rows of a Zarr array, whose chunks are decompressed as they are read."""
+
+    def __init__(self, array: Any, name: str) -> None:
+        self.name = name
+        self.shape = tuple(int(n) for n in array.shape)
+        self.dtype = _checked_dtype(name, self.shape, array.dtype)
+        self._array = array
+        self._inner = math.prod(self.shape[1:-1])  # rows under one index of the first axis
+        band = array.chunks[0] * self._inner if len(self.shape) > 1 else 1
+        # Read by whole chunks, each is decompressed once, if they are not too large for that.
+        size = band * self.shape[-1] * array.dtype.itemsize
+        self.unit_rows = max(1, band) if size <= _BAND_BYTES else 1
+
+    def read(self, start: int, stop: int) -> NDArray[Any]:
+        width = self.shape[-1]
+        with _reasons_named(self.name):
+            if len(self.shape) == 1:
+                return np.asarray(self._array[...]).reshape(1, width)[start:stop]
+            if start == stop:
+                return np.empty((0, width), self._array.dtype)
+            first, last = start // self._inner, -(-stop // self._inner)
+            rows = np.asarray(self._array[first:last]).reshape(-1, width)
+            part = rows[start - first * self._inner : stop - first * self._inner]
+            return part.astype(part.dtype.newbyteorder("="), copy=False)
+
+
 def open_logits(path: str | os.PathLike[str], key: str | None = None) -> LogitSource:
-    """Open a file of logits without reading it.
+    """Open logits in files, without reading them.
 
     Parameters
     ----------
     path
-        A ``.npy``, ``.npz`` or ``.safetensors`` file of float16, bfloat16 (``.safetensors``
-        only), float32 or float64 numbers, of shape ``(..., V)``: leading axes are flattened.
+        One of these, of float16, bfloat16 (``.safetensors`` only), float32 or float64 numbers of
+        shape ``(..., V)``, whose leading axes are flattened:
+
+        - a ``.npy``, ``.npz`` or ``.safetensors`` file;
+        - the ``.index.json`` of ``.safetensors`` files: the array that ``key`` names, or all of
+          them, one after the other;
+        - a Zarr array, or a group that holds one (needs the package zarr);
+        - a base-logits file of llama.cpp, which is known by its first bytes (`BaseLogits` of
+          `klfast.llama_cpp`);
+        - a folder of such files, or a pattern such as ``logits-*.npy``: their rows one after the
+          other, with 10 after 9 in the order of names.
     key
-        Name of the array in an ``.npz`` or ``.safetensors`` file. By default the only one, or
-        the one named ``logits``.
+        Name of the array, in what holds several. By default the only one, or the one named
+        ``logits``.
 
     Raises
     ------
     SourceError
-        If the file is missing, unreadable, empty, truncated, pickled, or holds something else.
+        If a file is missing, unreadable, empty, truncated, pickled, or holds something else.
         The message is one line that begins with the file's name.
     """
     name = os.fspath(path)
+    place = Path(path)
     with _reasons_named(name):
-        array = _open_array(Path(path), key, "logits")
+        if place.is_dir():
+            if any((place / each).exists() for each in ("zarr.json", ".zarray", ".zgroup")):
+                return ZarrSource(_open_zarr(place, key), name)
+            return _open_shards(sorted(place.iterdir(), key=_natural), name, key)
+        if not place.exists() and any(sign in name for sign in "*?["):
+            found = sorted(map(Path, glob.glob(name)), key=_natural)  # noqa: PTH207 - may be absolute
+            if not found:
+                raise SourceError(f"{name}: matches no file")
+            return _open_shards(found, name, key)
+        if name.endswith(_INDEX):
+            return _open_index(place, key)
+        if place.suffix.lower() not in SUFFIXES and _begins_like_llama(place):
+            from .llama_cpp import BaseLogits
+
+            if key is not None:
+                raise SourceError(f"{name}: holds one array and no names, so no {key!r}")
+            return BaseLogits(path)
+        array = _open_array(place, key, "logits")
     if isinstance(array, _CompressedArray):
         return CompressedSource(array, name)
     return ArraySource(array, name)
@@ -180,7 +284,11 @@ def _reasons_named(name: str) -> Iterator[None]:
 def _open_array(path: Path, key: str | None, usual: str) -> NDArray[Any] | _CompressedArray:
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
-        raise SourceError(f"{path}: unknown kind of file; accepted are {', '.join(SUFFIXES)}")
+        path.stat()  # whether it is there comes first
+        raise SourceError(
+            f"{path}: unknown kind of file; accepted are {', '.join(SUFFIXES)}, .index.json, Zarr, "
+            "and base-logits files of llama.cpp"
+        )
     if path.stat().st_size == 0:
         raise SourceError(f"{path}: is empty (0 bytes)")
     if suffix == ".npz":
@@ -329,8 +437,71 @@ def _open_safetensors(path: Path, key: str | None, usual: str) -> NDArray[Any]:
     return _map(path, dtype, 8 + length + begin, tuple(entry["shape"]), end - begin, "C")
 
 
-def _import(package: str, path: Path) -> Any:
+def _import(package: str, path: Path, extra: str = "eval") -> Any:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise SourceError(f"{path}: reading it needs the package {package}: {_INSTALL}") from error
+        raise SourceError(
+            f'{path}: reading it needs the package {package}: pip install "klfast[{extra}]"'
+        ) from error
+
+
+# Several files
+
+
+def _natural(path: Path) -> list[tuple[bool, int, str]]:
+    """Sort key of a name in which numbers count as numbers."""
+    parts = re.split(r"(\d+)", path.name)
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in parts]
+
+
+def _open_shards(files: Sequence[Path], name: str, key: str | None) -> LogitSource:
+    """The rows of all files; a folder may hold other files too."""
+    indices = [each for each in files if each.name.endswith(_INDEX)]
+    if len(indices) == 1:
+        return _open_index(indices[0], key)
+    files = [each for each in files if each.suffix.lower() in SUFFIXES]
+    if not files:
+        raise SourceError(f"{name}: holds no {', '.join(SUFFIXES)} file")
+    return ShardedSource([open_logits(each, key) for each in files], name, files)
+
+
+def _open_index(path: Path, key: str | None) -> LogitSource:
+    """Arrays of ``.safetensors`` files by their index, of the kind that transformers writes."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    places = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(places, dict) or not all(isinstance(each, str) for each in places.values()):
+        raise SourceError(f"{path}: has no weight_map, which says what file an array is in")
+    for each in places.values():
+        if Path(each).name != each:
+            raise SourceError(f"{path}: names {each!r}, which is not a file beside it")
+    if key is None and "logits" not in places:
+        names = sorted(places, key=lambda name: _natural(Path(name)))
+        if not names:
+            raise SourceError(f"{path}: holds no array")
+    else:
+        names = [_choose(path, sorted(places), key, "logits")]
+    files = [path.parent / places[each] for each in names]
+    opened = [open_logits(file, each) for file, each in zip(files, names, strict=True)]
+    source = ShardedSource(opened, os.fspath(path), list(dict.fromkeys([path, *files])))
+    if len(opened) == 1:
+        source.shape = opened[0].shape
+    return source
+
+
+def _begins_like_llama(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(8) == b"_logits_"
+
+
+def _open_zarr(path: Path, key: str | None) -> Any:
+    zarr = _import("zarr", path, "zarr")
+    opened = zarr.open(path, mode="r")
+    if hasattr(opened, "arrays"):
+        arrays = dict(opened.arrays())
+        opened = arrays[_choose(path, sorted(arrays), key, "logits")]
+    elif key is not None:
+        raise SourceError(f"{path}: is one array and has no names, so no {key!r}")
+    if opened.dtype.hasobject or "pickle" in json.dumps(opened.metadata.to_dict(), default=repr):
+        raise SourceError(f"{path}: holds pickled Python objects, which are never loaded")
+    return opened

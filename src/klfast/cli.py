@@ -1,4 +1,4 @@
-"""The command ``klfast``: ``compare``, ``bench`` and ``info``.
+"""The command ``klfast``: ``compare``, ``convert``, ``bench`` and ``info``.
 
 Exit status: 0, done; 1, the job failed (one line on the error stream says why); 2, bad arguments;
 3, done, and a limit of ``--fail-above`` or ``--fail-below`` was violated; 130, interrupted.
@@ -11,6 +11,7 @@ import io
 import json
 import math
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -20,14 +21,21 @@ from typing import Any, TextIO
 
 from ._arrays import FLOATS
 from ._bench import DEFAULT_BENCH_METRICS, Timing, bench
-from ._evaluation import Progress, check_statistic, evaluate, measures, plain_json
+from ._columns import check_parquet, write_parquet
+from ._evaluation import EVALUATION_METRICS, Evaluation, measures
+from ._heads import open_head
+from ._job import Job, Progress, as_source
 from ._machine import info, machine, versions
-from ._operations import DEFAULT_METRICS, parse_metric
-from ._report import grid, table, write_json
-from ._sources import SUFFIXES
+from ._operations import parse_metric
+from ._report import Results, grid, write_json, write_text
+from ._sources import SUFFIXES, SourceError
+from ._statistics import Resampling, check_statistic, plain_json
+from ._tokens import Vocabulary
 from .errors import BackendUnavailable
 
 DONE, FAILED, VIOLATED, INTERRUPTED = 0, 1, 3, 130  # argparse itself exits with 2
+
+_LONG_JOB = 2**30  # bytes to read
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # file names need not be text to the terminal
             stream.reconfigure(errors="backslashreplace")
-    options = _parser().parse_args(arguments)
+    command = sys.argv[1:] if arguments is None else list(arguments)
+    options = _parser().parse_args(command, argparse.Namespace(command=command))
     run: Callable[[argparse.Namespace], int] = options.run
     try:
         with warnings.catch_warnings():
@@ -50,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Whoever read our output has gone; Python must not find out again when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
-    except (ValueError, OSError, MemoryError, BackendUnavailable) as error:
+    except (ValueError, OSError, MemoryError, ImportError, BackendUnavailable) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         print(f"klfast: {reason}", file=sys.stderr)
         return FAILED
@@ -73,23 +82,16 @@ def _show_warning(
 
 def _compare(options: argparse.Namespace) -> int:
     parser: argparse.ArgumentParser = options.parser
-    above, below = dict(options.fail_above), dict(options.fail_below)
-    try:
-        names = measures(options.metrics, options.targets is not None)
-        for name in (*above, *below):
-            check_statistic(name, names)
-    except ValueError as error:
-        parser.error(str(error))
-    if options.columns and options.json is None:
-        parser.error("--columns needs --json")
-    _check_output(parser, options.json, (options.base, options.test, options.targets))
+    _check_compare(options)
     if options.threads is not None:
         _set_threads(options.threads)
-    with _progress("rows") as progress:
-        evaluation = evaluate(
-            options.base,
-            options.test,
+    if options.llama_compat:
+        return _llama_compat(options)
+    try:
+        job = Job(
+            *_both_sides(options),
             options.targets,
+            sequences=options.sequences,
             metrics=options.metrics,
             temperature=options.temperature,
             input=options.input,
@@ -97,22 +99,166 @@ def _compare(options: argparse.Namespace) -> int:
             backend=options.backend,
             key=options.key,
             chunk_rows=options.chunk_rows,
-            progress=progress,
         )
-    if evaluation.rows == 0:
+        for name, _ in (*options.fail_above, *options.fail_below):
+            check_statistic(name, job.names)
+    except SourceError:
+        raise
+    except ValueError as error:
+        parser.error(str(error))
+    if job.rows == 0:
         raise ValueError(f"{options.base}: holds no rows; there is nothing to compare")
-    summary = evaluation.summary(options.worst)
-    violations = summary.violations(above, below)
+    _say_plan(job)
+    try:
+        with _progress("rows", job.row_bytes) as progress:
+            evaluations = job.run(
+                progress, options.checkpoint, options.resume, options.checkpoint_every
+            )
+    except KeyboardInterrupt:
+        if options.checkpoint is None:
+            raise
+        command = [*options.command, *([] if options.resume else ["--resume"])]
+        print(
+            f"klfast: interrupted; {job.done} of {job.rows} rows are kept in {options.checkpoint}; "
+            f"go on with: klfast {shlex.join(command)}",
+            file=sys.stderr,
+        )
+        return INTERRUPTED
+    return _conclude(options, evaluations)
+
+
+def _conclude(options: argparse.Namespace, evaluations: Sequence[Evaluation]) -> int:
+    """Write and print all results, and decide on the exit status."""
+    above, below = dict(options.fail_above), dict(options.fail_below)
+    results = Results.of(
+        evaluations, worst=options.worst, bootstrap=options.bootstrap, above=above, below=below
+    )
     if options.json is not None:
-        content = evaluation.to_dict(options.worst, options.columns)
-        content["limits"] = {"above": above, "below": below, "violations": violations}
-        _write(options.json, content)
+        _write(options.json, results.content(options.columns))
+    if options.markdown is not None:
+        with _named(options.markdown):
+            write_text(options.markdown, results.markdown())
+    if options.parquet is not None:
+        with _named(options.parquet):
+            write_parquet(options.parquet, evaluations)
+    if options.report is not None:
+        from ._html import write_page
+
+        with _named(options.report):
+            write_page(results, options.report, options.vocabulary)
     if options.json != "-":
-        print(table(evaluation, summary))
+        print(results.text())
     sys.stdout.flush()  # the table before what is said about it
+    violations = results.violated()
     for line in violations:
         print(f"klfast: limit violated: {line}", file=sys.stderr)
     return VIOLATED if violations else DONE
+
+
+def _check_compare(options: argparse.Namespace) -> None:
+    """Find out before a long job, not after it, what could not be done."""
+    parser: argparse.ArgumentParser = options.parser
+    if options.columns and options.json is None:
+        parser.error("--columns needs --json")
+    if options.resume and options.checkpoint is None:
+        parser.error("--resume needs --checkpoint")
+    inputs = (options.base, *options.tests, options.targets, options.sequences,
+              *options.hidden, *options.head)  # fmt: skip
+    for name in ("json", "markdown", "parquet"):
+        _check_output(parser, f"--{name}", getattr(options, name), inputs)
+    for name in ("report", "checkpoint"):
+        folder = getattr(options, name)
+        if folder is not None and Path(folder).exists() and not Path(folder).is_dir():
+            parser.error(f"--{name} {folder}: is not a folder")
+    if options.parquet is not None:
+        check_parquet()
+    options.vocabulary = None
+    if options.tokenizer is not None:
+        if options.report is None:
+            parser.error("--tokenizer needs --report")
+        options.vocabulary = Vocabulary(options.tokenizer)
+    if options.report is not None:
+        from ._html import check_report
+
+        check_report()
+    try:
+        measures(options.metrics, with_targets=True)
+        Resampling(options.bootstrap)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def _both_sides(options: argparse.Namespace) -> tuple[Any, list[Any]]:
+    """BASE and the TESTs, as paths, or as hidden states with output heads."""
+    paths = [options.base, *options.tests]
+    if not (options.head or options.hidden):
+        return paths[0], paths[1:]
+    parser: argparse.ArgumentParser = options.parser
+    if options.head and options.hidden:
+        parser.error("--head and --hidden: BASE and TEST are one or the other; give only one")
+    option, given = ("--head", options.head) if options.head else ("--hidden", options.hidden)
+    if len(given) not in (1, len(paths)):
+        parser.error(f"{option} is given {len(given)} times; accepted: 1 or {len(paths)} times")
+    others = given * len(paths) if len(given) == 1 else given
+    pairs = [
+        (path, other) if options.head else (other, path)
+        for path, other in zip(paths, others, strict=True)
+    ]
+    sources = [open_head(hidden, head) for hidden, head in pairs]
+    return sources[0], sources[1:]
+
+
+def _llama_compat(options: argparse.Namespace) -> int:
+    """Print what llama.cpp would, and nothing else."""
+    from .llama_cpp import BaseLogits, statistics
+
+    parser: argparse.ArgumentParser = options.parser
+    for name in ("json", "markdown", "parquet", "report", "checkpoint", "targets", "sequences",
+                 "metrics", "vocab_size"):  # fmt: skip
+        if getattr(options, name) is not None:
+            parser.error(f"--llama-compat does not go with --{name.replace('_', '-')}")
+    if options.fail_above or options.fail_below or options.hidden:
+        parser.error("--llama-compat does not go with --fail-above, --fail-below, --hidden")
+    base = BaseLogits(options.base)
+    for number, test in enumerate(options.tests):
+        if len(options.tests) > 1:
+            print(f"{os.linesep if number else ''}{test}")
+        for line in statistics(base, as_source(test, "test", options.key)):
+            print(line, flush=True)  # one every few seconds, of long files
+    return DONE
+
+
+def _say_plan(job: Job) -> None:
+    """Say what a job will need, to whoever looks on, and in the log of a long one."""
+    size = job.rows * job.row_bytes
+    if sys.stderr.isatty() or size >= _LONG_JOB:
+        print(
+            f"klfast: {job.rows} rows of {job.base.shape[-1]}, {_bytes(size)} to read; at most "
+            f"{_bytes(job.memory)} of memory beside mapped files",
+            file=sys.stderr,
+        )
+
+
+def _bytes(count: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    raise AssertionError  # the loop has returned
+
+
+# klfast convert
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from .llama_cpp import convert
+
+    parser: argparse.ArgumentParser = options.parser
+    _check_output(parser, "OUT", options.output, (options.source, options.tokens))
+    with _named(options.output):
+        convert(options.source, options.output, key=options.key, tokens=options.tokens,
+                context=options.context, input=options.input)  # fmt: skip
+    return DONE
 
 
 # klfast bench
@@ -126,7 +272,7 @@ def _bench(options: argparse.Namespace) -> int:
                 parser.error(f"metric {name!r} needs targets, which a benchmark has not")
     except ValueError as error:
         parser.error(str(error))
-    _check_output(parser, options.json, ())
+    _check_output(parser, "--json", options.json, ())
     if options.threads is not None:
         _set_threads(options.threads)
     with _progress("measures") as progress:
@@ -214,32 +360,39 @@ def _write(path: str, content: dict[str, Any]) -> None:
     if path == "-":
         print(json.dumps(content, indent=2, allow_nan=False))
         return
-    try:
+    with _named(path):
         write_json(path, content)
+
+
+@contextmanager
+def _named(path: str) -> Iterator[None]:
+    """Say which file could not be written."""
+    try:
+        yield
     except OSError as error:
         raise OSError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
 def _check_output(
-    parser: argparse.ArgumentParser, path: str | None, inputs: Sequence[str | None]
+    parser: argparse.ArgumentParser, option: str, path: str | None, inputs: Sequence[str | None]
 ) -> None:
     """Find out before a long job, not after it, that its result could not be written."""
-    if path is None or path == "-":
+    if path is None or (path == "-" and option == "--json"):
         return
     output = Path(path)
     if not output.parent.is_dir():
-        parser.error(f"--json {path}: there is no folder {output.parent}")
+        parser.error(f"{option} {path}: there is no folder {output.parent}")
     if output.exists() and not output.is_file():
-        parser.error(f"--json {path}: is not a regular file")
+        parser.error(f"{option} {path}: is not a regular file")
     if not os.access(output.resolve().parent, os.W_OK):
-        parser.error(f"--json {path}: the folder is not writable")
+        parser.error(f"{option} {path}: the folder is not writable")
     for each in inputs:
         if each is not None and output.exists() and Path(each).exists() and output.samefile(each):
-            parser.error(f"--json {path}: is one of the inputs, which would be overwritten")
+            parser.error(f"{option} {path}: is one of the inputs, which would be overwritten")
 
 
 @contextmanager
-def _progress(unit: str) -> Iterator[Progress | None]:
+def _progress(unit: str, unit_bytes: int = 0) -> Iterator[Progress | None]:
     """Show a bar with rate and time left on the error stream, if that is a terminal."""
     if not sys.stderr.isatty():
         yield None
@@ -256,7 +409,10 @@ def _progress(unit: str) -> Iterator[Progress | None]:
     class Rate(bars.ProgressColumn):
         def render(self, task: bars.Task) -> Text:
             speed = task.finished_speed or task.speed
-            return Text(f"{speed:.3g} {unit}/s" if speed else "")
+            if not speed:
+                return Text("")
+            volume = f", {speed * unit_bytes / 1e9:.3g} GB/s" if unit_bytes else ""
+            return Text(f"{speed:.3g} {unit}/s{volume}")
 
     with bars.Progress(
         bars.BarColumn(),
@@ -273,6 +429,14 @@ def _progress(unit: str) -> Iterator[Progress | None]:
 
 # Arguments
 
+_FILES = (
+    f"Each is a {', '.join(SUFFIXES)} file of shape (..., vocabulary), a safetensors .index.json, "
+    "a Zarr array, a base-logits file of llama.cpp, or a folder or a quoted pattern of such files, "
+    "which are read one after the other; all may be larger than memory. A .json file names hidden "
+    "states and an output head: an object with hidden, weight, and, where there are such, bias, "
+    "scale and softcap."
+)
+
 
 def _parser() -> argparse.ArgumentParser:
     from . import __version__
@@ -287,56 +451,132 @@ def _parser() -> argparse.ArgumentParser:
 
     compare = commands.add_parser(
         "compare",
-        help="compare two files of logits, row by row",
-        description="Compare the logits of a test model with those of a base model, row by row, "
-        f"and print statistics. Files are {', '.join(SUFFIXES)}, of shape (..., vocabulary); "
-        "they are memory-mapped and may be larger than memory.",
-        epilog="Exit status: 0 done, 1 the job failed, 2 bad arguments, 3 a limit was violated. "
-        "Call klfast.evaluate to do the same from Python.",
+        help="compare files of logits, row by row",
+        description="Compare the logits of one or more test models with those of a base model, row "
+        f"by row, and print statistics. {_FILES}",
+        epilog="Exit status: 0 done, 1 the job failed, 2 bad arguments, 3 a limit was violated, "
+        "130 interrupted. Call klfast.evaluate to do the same from Python.",
     )
     compare.set_defaults(run=_compare, parser=compare)
     compare.add_argument("base", metavar="BASE", help="logits of the original model (P)")
-    compare.add_argument("test", metavar="TEST", help="logits of the model under test (Q)")
     compare.add_argument(
+        "tests", metavar="TEST", nargs="+",
+        help="logits of a model under test (Q); of several, each is compared with BASE",
+    )  # fmt: skip
+
+    inputs = compare.add_argument_group("what is read")
+    inputs.add_argument(
         "--targets", metavar="FILE", help="the tokens that followed: adds perplexities"
     )
-    compare.add_argument("--key", metavar="NAME", help="name of the array in BASE and TEST")
-    compare.add_argument(
-        "--metrics", metavar="LIST", type=_names, default=None,
-        help=f"measures, such as kl,js,renyi:2 (default: {','.join(DEFAULT_METRICS)})",
+    inputs.add_argument(
+        "--sequences", metavar="FILE",
+        help="which text each row belongs to: intervals are then made by drawing whole texts",
     )  # fmt: skip
-    compare.add_argument(
+    inputs.add_argument("--key", metavar="NAME", help="name of the array in BASE and TEST")
+    inputs.add_argument(
+        "--head", metavar="FILE", action="append", default=[],
+        help="BASE and TEST hold hidden states, and FILE the output head (weight, and bias if "
+        "there is one): give it once for all of them, or once for each in order",
+    )  # fmt: skip
+    inputs.add_argument(
+        "--hidden", metavar="FILE", action="append", default=[],
+        help="BASE and TEST hold output heads, and FILE the hidden states: once for all of them, "
+        "or once for each in order",
+    )  # fmt: skip
+    inputs.add_argument(
         "--temperature", metavar="T[,T]", type=_temperature, default=1.0,
         help="divide the logits by it; two values are those of BASE and TEST (default: 1)",
     )  # fmt: skip
-    compare.add_argument(
+    inputs.add_argument(
         "--input", choices=("logits", "log_probs", "probs"), default="logits",
         help="what the files hold (default: logits)",
     )  # fmt: skip
-    compare.add_argument(
+    inputs.add_argument(
         "--vocab-size", metavar="N", type=_count, help="read only the first N entries of a row"
     )
-    compare.add_argument(
+
+    statistics = compare.add_argument_group("what is computed")
+    statistics.add_argument(
+        "--metrics", metavar="LIST", type=_names, default=None,
+        help="measures, such as kl,js,renyi:2, or all "
+        f"(default: {','.join(EVALUATION_METRICS)})",
+    )  # fmt: skip
+    statistics.add_argument(
+        "--bootstrap", metavar="N", type=_whole, default=1000,
+        help="bootstrap samples for confidence intervals; 0: no intervals (default: 1000)",
+    )  # fmt: skip
+    statistics.add_argument(
         "--worst", metavar="N", type=_count, default=5,
         help="rows to show in which the first measure is largest (default: 5)",
     )  # fmt: skip
     for side, than in (("above", "more"), ("below", "less")):
-        compare.add_argument(
+        statistics.add_argument(
             f"--fail-{side}", metavar="NAME=X", type=_limit, action="append", default=[],
-            help=f"exit with 3 if a statistic, such as kl.mean, is {than} than X or not a number",
+            help=f"exit with 3 if a statistic, such as kl.mean or kl.high, of any TEST is {than} "
+            "than X or not a number",
         )  # fmt: skip
-    _add_json(compare)
-    compare.add_argument(
+    statistics.add_argument(
+        "--llama-compat", action="store_true",
+        help="print only what llama-perplexity --kl-divergence prints, in its own way: KL over "
+        "the entries above its floor, which may be negative",
+    )  # fmt: skip
+
+    results = compare.add_argument_group("what is written")
+    _add_json(results)
+    results.add_argument(
         "--columns", action="store_true", help="add every value of every row to the JSON"
     )
-    compare.add_argument(
+    results.add_argument("--markdown", metavar="FILE", help="write the tables as Markdown")
+    results.add_argument(
+        "--parquet", metavar="FILE", help="write every value of every row (needs pyarrow)"
+    )
+    results.add_argument("--report", metavar="DIR", help="write a page with pictures (HTML)")
+    results.add_argument(
+        "--tokenizer", metavar="FILE",
+        help="a tokenizer.json, or a file with one token a line: the report shows worst tokens "
+        "with their text",
+    )  # fmt: skip
+
+    running = compare.add_argument_group("how it runs")
+    running.add_argument(
+        "--checkpoint", metavar="DIR", help="keep what is done in a folder, to go on if interrupted"
+    )
+    running.add_argument(
+        "--resume", action="store_true",
+        help="go on with what --checkpoint holds, if it holds anything",
+    )  # fmt: skip
+    running.add_argument(
+        "--checkpoint-every", metavar="SECONDS", type=_seconds, default=10.0,
+        help="how often to keep what is done (default: 10)",
+    )  # fmt: skip
+    running.add_argument(
         "--chunk-rows", metavar="N", type=_count, help="rows read at a time (default: 64 MiB)"
     )
-    compare.add_argument(
+    running.add_argument(
         "--backend", choices=("auto", "reference", "cpu", "cuda"), default="auto",
         help="what computes (default: auto)",
     )  # fmt: skip
-    _add_threads(compare)
+    _add_threads(running)
+
+    converting = commands.add_parser(
+        "convert",
+        help="convert logits between llama.cpp's base-logits files and arrays",
+        description="Convert a file of logits: OUT is a .npy or .safetensors file, or else a "
+        "base-logits file of llama.cpp, which needs --tokens and --context unless IN is one.",
+    )
+    converting.set_defaults(run=_convert, parser=converting)
+    converting.add_argument("source", metavar="IN")
+    converting.add_argument("output", metavar="OUT")
+    converting.add_argument("--key", metavar="NAME", help="name of the array in IN")
+    converting.add_argument(
+        "--tokens", metavar="FILE", help="all tokens of the text, context after context"
+    )
+    converting.add_argument("--context", metavar="N", type=_count, help="tokens in a context")
+    converting.add_argument(
+        "--input", choices=("logits", "log_probs"), default="logits",
+        help="what IN holds: log_probs are values that were converted from a file of llama.cpp, "
+        "and become the same file again (default: logits)",
+    )  # fmt: skip
 
     benchmark = commands.add_parser(
         "bench",
@@ -364,14 +604,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_json(parser: argparse.ArgumentParser) -> None:
+def _add_json(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--json", metavar="FILE",
         help="write everything in full precision; - prints it instead of the table",
     )  # fmt: skip
 
 
-def _add_threads(parser: argparse.ArgumentParser) -> None:
+def _add_threads(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--threads", metavar="N", type=_count, help="threads of the CPU kernels")
 
 
@@ -384,6 +624,17 @@ def _count(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
     return number
+
+
+def _whole(text: str) -> int:
+    return 0 if text == "0" else _count(text)
+
+
+def _seconds(text: str) -> float:
+    seconds = _number(text)
+    if seconds < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0")
+    return seconds
 
 
 def _number(text: str) -> float:

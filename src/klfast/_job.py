@@ -1,0 +1,500 @@
+"""The evaluation job: the base's logits read once, for any number of candidates, of any size."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, TypedDict, Unpack, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ._arguments import CompareOptions, check_options
+from ._arrays import FLOATS
+from ._checkpoint import Checkpoint, identity
+from ._compare import Comparison
+from ._evaluation import Evaluation, Rows, measures
+from ._heads import open_description
+from ._operations import DEFAULT_METRICS, TARGET_METRICS, parse_metric
+from ._pairs import NOISE_ROWS, FlooredPair, Pair, check_floored
+from ._sources import ArraySource, LogitSource, SourceError, open_logits, open_targets
+from .llama_cpp import BaseLogits, check_same_text
+
+Logits: TypeAlias = "str | os.PathLike[str] | LogitSource | Any"
+Progress: TypeAlias = Callable[[int, int], None]
+
+# All inputs' bytes in one chunk: far above the cost of a call, far below a laptop's memory, and
+# often enough for a progress bar.
+_CHUNK_BYTES = 64 * 2**20
+# Touched for each this many bytes, a mapped file is read ahead: less than what is read at once.
+_READ_AHEAD = 64 * 2**10
+# Samples of the bootstrap, and what Python and the libraries need.
+_FIXED_BYTES = 200 * 2**20
+
+
+class Job:
+    """An evaluation of one or more candidates: opened and checked, and not yet run.
+
+    Arguments are those of `evaluate`. `rows` is what there is to do, `row_bytes` what is read of
+    each, and `memory` the most bytes that will be needed beside mapped files.
+    """
+
+    def __init__(
+        self,
+        base: Logits,
+        tests: Sequence[Logits],
+        targets: Any = None,
+        *,
+        sequences: Any = None,
+        where: NDArray[np.bool_] | None = None,
+        metrics: str | Sequence[str] | None = None,
+        temperature: float | tuple[float, float] = 1.0,
+        input: Literal["logits", "log_probs", "probs"] = "logits",
+        vocab_size: int | None = None,
+        backend: Literal["auto", "reference", "cpu", "cuda"] = "auto",
+        key: str | None = None,
+        chunk_rows: int | None = None,
+    ) -> None:
+        if not tests:
+            raise ValueError("test is empty; accepted: at least one candidate")
+        self.base = as_source(base, "base", key)
+        roles = ["test"] if len(tests) == 1 else [f"test {i + 1}" for i in range(len(tests))]
+        self.tests = [as_source(each, role, key) for each, role in zip(tests, roles, strict=True)]
+        self.settings: dict[str, Any] = {
+            "metrics": metrics, "temperature": temperature, "input": input,
+            "vocab_size": vocab_size, "backend": backend,
+        }  # fmt: skip
+        known = [each for each in (self.base, *self.tests) if isinstance(each, BaseLogits)]
+        if known:
+            check_floored(self.settings)
+            for test in self.tests:
+                check_same_text(self.base, test)
+        for test in self.tests:
+            width = _common_width(self.base, test, vocab_size)
+        lead = self.base.shape[:-1]
+        self.rows = math.prod(lead)
+        self.where = where
+        self.targets_from = None
+        if targets is None:
+            targets = known[0].targets if known else None
+            self.targets_from = known[0].name if known else None
+        elif isinstance(targets, (str, os.PathLike)):
+            self.targets_from = os.fspath(targets)
+        self.targets = None if targets is None else _tokens(targets, lead, width, where)
+        self.sequences = _labels(sequences, known[0].sequences if known else None, lead)
+        self.pairs = self._pairs(backend)
+        sources = (self.base, *self.tests)
+        self.row_bytes = sum(map(_stored_bytes, sources))
+        if chunk_rows is None:
+            logits = sum(each.shape[-1] * FLOATS[each.dtype] for each in sources)
+            unit = max(getattr(each, "unit_rows", 1) for each in sources)
+            chunk_rows = unit * max(1, _CHUNK_BYTES // logits // unit)
+        elif chunk_rows < 1:
+            raise ValueError(f"chunk_rows is {chunk_rows}; accepted: a whole number from 1")
+        self.chunk_rows = chunk_rows
+        self.names = measures(metrics, self.targets is not None)
+        self.evaluations = [self._started(number) for number in range(len(self.tests))]
+        self.done = 0
+        self._saved_seconds = [0.0] * len(self.tests)
+        rounded = {"float16", "bfloat16"} & {each.dtype for each in sources}
+        if rounded and input == "logits" and where is None:
+            sample = np.linspace(0, self.rows - 1, min(NOISE_ROWS, self.rows))
+            self._noise_rows = np.unique(sample.astype(np.int64))
+        else:
+            self._noise_rows = np.empty(0, np.int64)
+
+    @property
+    def memory(self) -> int:
+        """The most bytes that will be needed, mapped files aside."""
+        # One chunk is read while another is worked on.
+        width = self.base.shape[-1]
+        sources = self.base, *self.tests
+        made = [each for each in sources if not getattr(each, "mapped", False)]
+        rows = sum(each.shape[-1] * FLOATS[each.dtype] for each in made)
+        rows += sum(2 * 4 * (width + 1) for each in self.pairs if isinstance(each, FlooredPair))
+        read = 2 * self.chunk_rows * rows + sum(getattr(each, "memory", 0) for each in made)
+        # Columns are joined at the end, and summarized from a copy.
+        columns = 2 * 8 * self.rows * len(self.tests) * (len(self.names) + 3)
+        return _FIXED_BYTES + read + columns
+
+    def run(
+        self,
+        progress: Progress | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+        resume: bool = False,
+        checkpoint_seconds: float = 10.0,
+    ) -> list[Evaluation]:
+        """Do it, and return one evaluation a candidate."""
+        saved = self._resume(Path(checkpoint), resume) if checkpoint is not None else None
+        if progress is not None and self.done:
+            progress(self.done, self.rows)
+        saved_at = lap = time.perf_counter()
+        try:
+            for rows in self.chunks(self.done):
+                for evaluation, each in zip(self.evaluations, rows, strict=True):
+                    evaluation.add(each)
+                    lap, before = time.perf_counter(), lap
+                    evaluation.seconds += lap - before
+                self.done = min(self.done + self.chunk_rows, self.rows)
+                if saved is not None and time.perf_counter() - saved_at >= checkpoint_seconds:
+                    self._save(saved)
+                    saved_at = time.perf_counter()
+                if progress is not None:
+                    progress(self.done, self.rows)
+        finally:
+            if saved is not None and saved.rows < self.done:
+                self._save(saved)
+        return self.evaluations
+
+    def chunks(self, start: int = 0) -> Iterator[list[Rows]]:
+        """Every candidate's rows from ``start`` on, chunk by chunk; the next is read meanwhile."""
+        starts = iter(range(start, self.rows, self.chunk_rows))
+        with ThreadPoolExecutor(1, "klfast-read") as reader:
+            ahead = [reader.submit(self._read, first) for first in itertools.islice(starts, 1)]
+            while ahead:
+                rows = ahead.pop().result()
+                ahead += [reader.submit(self._read, first) for first in itertools.islice(starts, 1)]
+                yield rows
+
+    def _read(self, start: int) -> list[Rows]:
+        stop = min(start + self.chunk_rows, self.rows)
+        part = slice(start, stop)
+        noisy = self._noise_rows[(start <= self._noise_rows) & (self._noise_rows < stop)] - start
+        found = []
+        for each in self.pairs:
+            block = each.read(start, stop)
+            _touch(block.p)
+            _touch(block.q)
+            found.append(
+                Rows(
+                    block,
+                    targets=None if self.targets is None else self.targets[part],
+                    where=None if self.where is None else self.where[part],
+                    sequences=None if self.sequences is None else self.sequences[part],
+                    noise_at=() if each.noise_floor is not None else noisy.tolist(),
+                )
+            )
+        return found
+
+    def _pairs(self, backend: str) -> list[Pair | FlooredPair]:
+        """The base with each candidate; plain ones share what is read of the base."""
+        shared = _Shared(self.base) if len(self.tests) > 1 else self.base
+        pairs: list[Pair | FlooredPair] = []
+        for test in self.tests:
+            if isinstance(self.base, BaseLogits) or isinstance(test, BaseLogits):
+                assert self.targets is not None  # such a file has them
+                base = self.base if isinstance(self.base, BaseLogits) else shared
+                pairs.append(FlooredPair(base, test, self.targets, backend))
+            else:
+                pairs.append(Pair(shared, test))
+        return pairs
+
+    def _started(self, number: int) -> Evaluation:
+        evaluation = Evaluation(**self.settings)
+        evaluation.base = _described(self.base)
+        evaluation.test = _described(self.tests[number])
+        evaluation.targets_from = self.targets_from
+        evaluation.stored_noise = self.pairs[number].noise_floor
+        return evaluation
+
+    def _resume(self, folder: Path, resume: bool) -> Checkpoint:
+        """Open the checkpoint, and take over what it holds."""
+        from . import __version__
+
+        job = {
+            "klfast": __version__,
+            "base": identity(self.base),
+            "test": [identity(test) for test in self.tests],
+            **{key: _digest(each) for key, each in (("targets", self.targets),
+                                                    ("sequences", self.sequences))},
+            **self.settings,
+            "metrics": list(self.names),
+            "chunk_rows": self.chunk_rows,
+        }  # fmt: skip
+        saved = Checkpoint(folder, job, resume)
+        known = {
+            "targets": "absent" if self.targets is None else "given",
+            "sequences": "absent" if self.sequences is None else "given",
+        }
+        for part in saved.parts():
+            for number, evaluation in enumerate(self.evaluations):
+                own = {
+                    name.partition("/")[2]: column
+                    for name, column in part.items()
+                    if name.partition("/")[0] == str(number)
+                }
+                evaluation.seconds += float(own.pop("seconds"))
+                noise = own.pop("noise").tolist()
+                evaluation.keep(known, own, noise)
+        self.done = saved.rows
+        self._saved_seconds = [each.seconds for each in self.evaluations]
+        return saved
+
+    def _save(self, saved: Checkpoint) -> None:
+        """Keep the rows that are done: those of a chunk that was interrupted are not."""
+        part: dict[str, NDArray[Any]] = {}
+        noise = [int(np.sum(self._noise_rows < row)) for row in (saved.rows, self.done)]
+        for number, evaluation in enumerate(self.evaluations):
+            columns, estimates = evaluation.stored()
+            for name, column in columns.items():
+                part[f"{number}/{name}"] = column[saved.rows : self.done]
+            part[f"{number}/noise"] = np.array(estimates[noise[0] : noise[1]])
+            spent = evaluation.seconds - self._saved_seconds[number]
+            part[f"{number}/seconds"] = np.array(spent)
+            self._saved_seconds[number] = evaluation.seconds
+        saved.add(self.done, part)
+
+
+class JobOptions(TypedDict, total=False):
+    """Keywords of `evaluate` that decide what is computed."""
+
+    sequences: Any
+    metrics: str | Sequence[str] | None
+    temperature: float | tuple[float, float]
+    input: Literal["logits", "log_probs", "probs"]
+    vocab_size: int | None
+    backend: Literal["auto", "reference", "cpu", "cuda"]
+    key: str | None
+    chunk_rows: int | None
+
+
+class RunOptions(TypedDict, total=False):
+    """Keywords of `evaluate` that decide how it runs."""
+
+    progress: Progress | None
+    checkpoint: str | os.PathLike[str] | None
+    resume: bool
+    checkpoint_seconds: float
+
+
+class EvaluateOptions(JobOptions, RunOptions, total=False):
+    """Keywords of `evaluate`."""
+
+
+@overload
+def evaluate(
+    base: Logits,
+    test: list[Logits] | tuple[Logits, ...],
+    targets: Any = None,
+    **options: Unpack[EvaluateOptions],
+) -> list[Evaluation]: ...
+@overload
+def evaluate(
+    base: Logits, test: Logits, targets: Any = None, **options: Unpack[EvaluateOptions]
+) -> Evaluation: ...
+def evaluate(
+    base: Logits, test: Any, targets: Any = None, **options: Unpack[EvaluateOptions]
+) -> Evaluation | list[Evaluation]:
+    """Compare models' logits, row by row, in chunks: files may be larger than memory.
+
+    Parameters
+    ----------
+    base, test
+        Logits of the original model (P) and of the one under test (Q), of the same shape
+        ``(..., V)``: a path that `klfast.open_logits` takes, a `LogitSource`, or an array. Leading
+        axes are flattened, and rows numbered from 0. ``test`` may be a list or tuple of several
+        candidates, for which the base is read once.
+    targets
+        The token that really followed each row: integers of shape ``(...)`` or ``(rows,)``, as
+        an array or the path of a file; None takes those that a file of logits holds itself. Adds
+        the measures nll_p, nll_q and delta_prob, and the perplexities.
+    sequences
+        Which text each row belongs to, as targets are given; None takes what the files say: in
+        logits of shape (..., position, V) each text is one sequence. Confidence intervals are
+        then made by drawing whole sequences.
+    metrics
+        Measures, as for `klfast.compare`; "all" stands for a dozen of them. The first one decides
+        which rows are the worst. None is ``("kl", "reverse_kl", "tv", "same_top", "top_p")``.
+    temperature, input, vocab_size, backend
+        As for `klfast.compare`.
+    key
+        Name of the array, in files that hold several. By default ``logits``, or the only one.
+    chunk_rows
+        Rows read at a time. None takes about 64 MiB of all inputs together.
+    progress
+        Called after every chunk with the number of rows done and of all rows.
+    checkpoint, checkpoint_seconds
+        A folder in which to keep what is done, and how often to (10 s; also when interrupted).
+    resume
+        Whether to go on with what the folder holds; the result is the same to the bit. Refused if
+        files (name, size, time of change, shape, dtype) or settings are not the same; arrays in
+        memory are known by name, shape and dtype only.
+
+    Returns
+    -------
+    Evaluation, or a list with one for each candidate
+        Per-row columns in float64 and nats, with ``summary()``, ``to_dict()`` and a table as its
+        ``str``.
+
+    Raises
+    ------
+    SourceError
+        If a file or array or checkpoint cannot be used, in one line that names it.
+    ValueError
+        If shapes differ, targets do not fit, or an argument is not acceptable.
+    """
+    several = isinstance(test, (list, tuple))
+    asked: dict[str, Any] = {**options}
+    running = {name: asked.pop(name) for name in RunOptions.__annotations__ if name in asked}
+    found = Job(base, test if several else [test], targets, **asked).run(**running)
+    return found if several else found[0]
+
+
+def compare_sources(
+    p: Any, q: Any, metrics: str | Sequence[str] | None, targets: Any, options: Mapping[str, Any]
+) -> Comparison:
+    """What `klfast.compare` does, of sources."""
+    settings = check_options("compare", options, CompareOptions)
+    if settings.axis != -1:
+        raise ValueError(f"axis is {settings.axis}; accepted, of a LogitSource: -1")
+    if metrics is None:
+        metrics = DEFAULT_METRICS + (() if targets is None else TARGET_METRICS)
+    where = None if settings.where is None else np.asarray(settings.where)
+    base, test = as_source(p, "p"), as_source(q, "q")
+    lead = base.shape[:-1]
+    if where is not None and (where.dtype != np.bool_ or where.shape != lead):
+        raise ValueError(
+            f"where has shape {where.shape} and dtype {where.dtype}; accepted: boolean, {lead}"
+        )
+    keep = None if where is None else where.reshape(-1)
+    same = ("temperature", "input", "vocab_size", "backend")
+    known = {name: getattr(settings, name) for name in same}
+    (evaluation,) = Job(base, [test], targets, where=keep, metrics=metrics, **known).run()
+    kept, _ = evaluation.stored()
+    asked = (metrics,) if isinstance(metrics, str) else metrics
+    dtype = np.dtype(settings.dtype or ("f8" if "float64" in (base.dtype, test.dtype) else "f4"))
+    found: dict[str, Any] = {}
+    for name in dict.fromkeys(asked):
+        values: Any = kept[name]
+        if parse_metric(name)[0].logarithmic:
+            values = values / settings.unit
+        if settings.reduction == "none":
+            rows = np.full(math.prod(lead), np.nan)
+            rows[slice(None) if keep is None else keep] = values
+            values = rows.reshape(lead)
+        elif settings.reduction == "sum":
+            values = values.sum()
+        else:
+            values = values.sum() / len(values) if len(values) else np.float64(np.nan)
+        found[name] = values.astype(dtype)
+    width = settings.vocab_size or base.shape[-1]
+    return Comparison(found, lead, width, settings.reduction)
+
+
+def as_source(logits: Logits, role: str, key: str | None = None) -> LogitSource:
+    """Logits of any kind as something to read rows from; ``role`` names an array."""
+    if isinstance(logits, (str, os.PathLike)):
+        name = os.fspath(logits)
+        if name.endswith(".json") and not name.endswith(".index.json"):
+            return open_description(logits)
+        return open_logits(logits, key)
+    if isinstance(logits, LogitSource):
+        return logits
+    if hasattr(logits, "shape") and hasattr(logits, "dtype"):
+        return ArraySource(logits, role)
+    raise TypeError(
+        f"{role} is of type {type(logits).__name__}; accepted: a path, an array, or a LogitSource"
+    )
+
+
+class _Shared:
+    """A source that several pairs read in step: it remembers the rows that were read last."""
+
+    def __init__(self, source: LogitSource) -> None:
+        self._source = source
+        self._last: tuple[tuple[int, int], Any] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._source, name)
+
+    def read(self, start: int, stop: int) -> Any:
+        if self._last is None or self._last[0] != (start, stop):
+            self._last = None  # let go of them before there are others
+            self._last = (start, stop), self._source.read(start, stop)
+        return self._last[1]
+
+
+def _described(source: LogitSource) -> dict[str, Any]:
+    kind = getattr(source, "kind", source.dtype)
+    return {"name": source.name, "shape": list(source.shape), "dtype": kind}
+
+
+def _stored_bytes(source: LogitSource) -> int:
+    """Bytes that are read of each row."""
+    known: int = getattr(source, "row_bytes", source.shape[-1] * FLOATS[source.dtype])
+    return known
+
+
+def _digest(column: NDArray[np.int64] | None) -> str | None:
+    return None if column is None else hashlib.sha256(column.tobytes()).hexdigest()
+
+
+def _touch(array: Any) -> None:
+    """Have the pages of a mapped file read from disk now."""
+    if isinstance(array, np.ndarray) and array.flags.c_contiguous:
+        array.reshape(-1).view(np.uint8)[::_READ_AHEAD].max(initial=0)
+
+
+def _common_width(base: LogitSource, test: LogitSource, vocab_size: int | None) -> int:
+    """Check that the shapes agree, and return how many entries of a row are read."""
+    if base.shape[:-1] != test.shape[:-1]:
+        raise SourceError(
+            f"{test.name}: has shape {test.shape}, but {base.name} has {base.shape}; "
+            "all axes but the last must be the same"
+        )
+    widths = base.shape[-1], test.shape[-1]
+    if vocab_size is None:
+        if widths[0] != widths[1]:
+            raise SourceError(
+                f"{test.name}: has a vocabulary of {widths[1]}, but {base.name} has {widths[0]}; "
+                "if the longer is padded, read the common part with vocab_size"
+            )
+        return widths[0]
+    if not 1 <= vocab_size <= min(widths):
+        raise ValueError(f"vocab_size is {vocab_size}; accepted: 1 to {min(widths)}")
+    return vocab_size
+
+
+def _tokens(
+    targets: Any, lead: tuple[int, ...], width: int, where: NDArray[np.bool_] | None
+) -> NDArray[np.int64]:
+    """Targets, checked, one a row; those of rows that ``where`` drops may be anything."""
+    name, tokens = _integers(targets, "targets", lead)
+    wrong = (tokens < 0) | (tokens >= width)
+    outside = np.flatnonzero(wrong if where is None else wrong & where)
+    if outside.size:
+        first = int(outside[0])
+        raise SourceError(
+            f"{name}: target {int(tokens[first])} at row {first} is outside the vocabulary, "
+            f"0 to {width - 1}"
+        )
+    return tokens
+
+
+def _labels(given: Any, own: Any, lead: tuple[int, ...]) -> NDArray[np.int64] | None:
+    """The sequence of each row: as given, as the file says, or as the shape of the logits does."""
+    if given is not None or own is not None:
+        return _integers(own if given is None else given, "sequences", lead)[1]
+    if len(lead) < 2:
+        return None
+    return np.repeat(np.arange(math.prod(lead[:-1])), lead[-1])
+
+
+def _integers(given: Any, what: str, lead: tuple[int, ...]) -> tuple[str, NDArray[np.int64]]:
+    """Integers, one a row, from a file or an array, and what to call them."""
+    name = what
+    if isinstance(given, (str, os.PathLike)):
+        name, given = os.fspath(given), open_targets(given)
+    array = np.asarray(given)
+    if not np.issubdtype(array.dtype, np.integer):
+        raise SourceError(f"{name}: holds {array.dtype}; {what} must be integers")
+    rows = math.prod(lead)
+    if array.shape not in (lead, (rows,)):
+        raise SourceError(f"{name}: has shape {array.shape}; the logits have {rows} rows, {lead}")
+    return name, array.reshape(-1).astype(np.int64)

@@ -1,0 +1,538 @@
+"""The base-logits files of llama.cpp: read, written, and compared in its own way.
+
+``llama-perplexity --kl-divergence-base FILE`` writes them. All numbers are little-endian::
+
+    offset 0   "_logits_"
+    8          uint32  n_ctx, int32 n_vocab, int32 n_chunk
+    20         int32   tokens[n_chunk][n_ctx]
+    then       rows[n_chunk][n_ctx - 1 - n_ctx // 2], the second half of each context, of
+               float32 scale, float32 least, uint16 word[n_vocab] (and one more if n_vocab is odd)
+
+A row is log-probabilities, ``scale * word + least``. The largest logit has the word 65535. Entries
+16 or more below it have the word 0: of those, only an upper bound is known. Source of the format:
+tools/perplexity/perplexity.cpp in https://github.com/ggml-org/llama.cpp.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ._dispatch import get_num_threads
+from ._files import replacing
+from ._sources import LogitSource, SourceError, open_logits, open_targets
+
+__all__ = ["MAGIC", "BaseLogits", "convert", "encode", "statistics"]
+
+MAGIC = b"_logits_"
+_HEADER = 20
+#: Rows that span this much were cut off at the bottom: 16 in llama.cpp, more in forks of it. What
+#: is missing to 16 is rounding of logits of up to 100 000 in size.
+_CLAMPED = 15.99
+_RANGE = np.float32(16)
+_WORDS = np.float32(65535)
+_BLOCK_BYTES = 32 * 2**20
+_ROWS_AT_ONCE = 32
+
+Float32 = NDArray[np.float32]
+
+
+class BaseLogits:
+    """A base-logits file of llama.cpp, memory-mapped; rows are decoded as they are read.
+
+    Attributes
+    ----------
+    shape
+        ``(n_chunk, n_ctx - 1 - n_ctx // 2, n_vocab)``: the rows that llama.cpp scores.
+    tokens
+        The text, int32 ``(n_chunk, n_ctx)``.
+    targets
+        The token that follows each row, int64 ``(n_chunk, rows of a chunk)``.
+    sequences
+        The chunk of each row.
+
+    Raises
+    ------
+    SourceError
+        If the file does not begin with ``_logits_``, is damaged, or is not as long as it must be.
+    """
+
+    dtype = "float32"
+    kind = "16-bit log-probabilities"
+    mapped = True
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.name = os.fspath(path)
+        try:
+            size = Path(path).stat().st_size
+            with Path(path).open("rb") as file:
+                header = file.read(_HEADER)
+        except OSError as error:
+            raise SourceError(f"{self.name}: {error.strerror or error}") from error
+        if header[: len(MAGIC)] != MAGIC[: len(header)] or not header:
+            raise SourceError(
+                f"{self.name}: does not begin with _logits_, as base-logits files of llama.cpp do"
+            )
+        if len(header) < _HEADER:
+            raise SourceError(
+                f"{self.name}: is truncated: its header has {_HEADER} bytes, {len(header)} are "
+                "there"
+            )
+        self.n_ctx = int.from_bytes(header[8:12], "little")
+        n_vocab = int.from_bytes(header[12:16], "little", signed=True)
+        n_chunk = int.from_bytes(header[16:20], "little", signed=True)
+        rows = self.n_ctx - 1 - self.n_ctx // 2
+        if rows < 1 or n_vocab < 1 or n_chunk < 0:
+            raise SourceError(
+                f"{self.name}: is damaged: its header says n_ctx {self.n_ctx}, n_vocab {n_vocab}, "
+                f"n_chunk {n_chunk}"
+            )
+        self.shape = (n_chunk, rows, n_vocab)
+        self.row_bytes = 2 * _row_words(n_vocab)
+        start = _HEADER + 4 * n_chunk * self.n_ctx
+        expected = start + n_chunk * rows * self.row_bytes
+        if size != expected:
+            whole = max(0, size - start) // (rows * self.row_bytes)
+            raise SourceError(
+                f"{self.name}: is truncated: {expected} bytes promised, {size} there "
+                f"({whole} of {n_chunk} chunks are whole)"
+                if size < expected
+                else f"{self.name}: is damaged: {expected} bytes promised, {size} there"
+            )
+        mapped = np.memmap(path, np.uint8, "r", shape=(size,)) if size > _HEADER else None
+        content = np.empty(0, np.uint8) if mapped is None else np.asarray(mapped)[_HEADER:]
+        text = content[: start - _HEADER]
+        self.tokens: NDArray[np.int32] = text.copy().view("<i4").reshape(n_chunk, self.n_ctx)
+        self._rows = content[start - _HEADER :].reshape(n_chunk * rows, self.row_bytes)
+        self.targets = self.tokens[:, self.n_ctx // 2 + 1 :].astype(np.int64)
+        wrong = np.argwhere((self.targets < 0) | (self.targets >= n_vocab))
+        if wrong.size:
+            chunk, row = wrong[0]
+            raise SourceError(
+                f"{self.name}: is damaged: token {self.targets[chunk, row]} in chunk {chunk} is "
+                f"outside the vocabulary, 0 to {n_vocab - 1}"
+            )
+        self.sequences = np.repeat(np.arange(n_chunk), rows)
+
+    def stored(self, start: int, stop: int) -> tuple[Float32, Float32, NDArray[np.uint16]]:
+        """Scale and least log-probability of each row, and its words, which are not copied."""
+        part = self._rows[start:stop]
+        head = part[:, :8].copy().view("<f4").astype(np.float32)
+        if not np.isfinite(head).all() or (head[:, 0] < 0).any():
+            row = start + int(np.argmin(np.isfinite(head).all(1) & (head[:, 0] >= 0)))
+            raise SourceError(
+                f"{self.name}: is damaged: row {row} has scale {head[row - start, 0]} and least "
+                f"log-probability {head[row - start, 1]}"
+            )
+        # Rows begin at any byte of the file that is a multiple of 4.
+        words = part.view("<u2")[:, 4 : 4 + self.shape[-1]]
+        return head[:, 0], head[:, 1], words
+
+    def read(self, start: int, stop: int) -> Float32:
+        """Log-probabilities of rows ``start`` to ``stop``, as they are stored."""
+        scale, least, words = self.stored(start, stop)
+        return decode(scale, least, words)
+
+
+def decode(
+    scale: NDArray[Any], least: NDArray[Any], words: NDArray[np.uint16], out: Float32 | None = None
+) -> Float32:
+    """``scale * word + least`` of each row, rounded once."""
+    found = np.empty(words.shape, np.float32) if out is None else out
+    for row, each in enumerate(words):
+        wide = np.multiply(each, np.float64(scale[row]))
+        np.add(wide, np.float64(least[row]), out=found[row], casting="same_kind")
+    return found
+
+
+def is_clamped(scale: Float32) -> NDArray[np.bool_]:
+    """Whether the words 0 of a row stand for all that lies below."""
+    clamped: NDArray[np.bool_] = scale * _WORDS >= _CLAMPED
+    return clamped
+
+
+def encode(values: Any, input: str = "logits") -> NDArray[np.uint8]:
+    """Rows as the file has them: ``(rows, V)`` numbers to ``(rows, bytes of a row)``.
+
+    Parameters
+    ----------
+    values
+        Numbers, of which the largest of a row is finite.
+    input
+        "logits" are encoded as llama.cpp does it, in its float32 arithmetic. "log_probs" that were
+        decoded from such a file, so that their largest one has the word 65535 and their least
+        the word 0, are given back their very words; others are taken as logits.
+
+    Raises
+    ------
+    ValueError
+        If a row holds NaN or infinity, or nothing but -infinity.
+    """
+    x: Float32 = np.asarray(values, np.float32)
+    largest: Float32 = x.max(1)
+    if not np.isfinite(largest).all():
+        row = int(np.argmin(np.isfinite(largest)))
+        raise ValueError(f"row {row} has the largest value {largest[row]}; accepted: finite ones")
+    made = np.zeros((len(x), 2 * _row_words(x.shape[1])), np.uint8)
+    for row, each in enumerate(x):
+        known = _as_decoded(each) if input == "log_probs" else None
+        scale, least, words = known or _encode_row(each)
+        made[row, :8] = np.frombuffer(np.array([scale, least], "<f4").tobytes(), np.uint8)
+        made[row, 8 : 8 + 2 * len(each)] = words.astype("<u2", copy=False).view(np.uint8)
+    return made
+
+
+def _encode_row(x: Float32) -> tuple[np.float32, np.float32, NDArray[np.uint16]]:
+    largest = x.max()
+    lowest = max(x.min(), largest - _RANGE)
+    # expf of the C library is all but always the exponential rounded to float32, and this is it.
+    total = np.exp((x - largest).astype(np.float64)).astype(np.float32).sum(dtype=np.float64)
+    least = lowest - largest - np.float32(np.log(total))
+    scale = (largest - lowest) / _WORDS
+    if scale == 0:
+        return scale, least, np.zeros(len(x), np.uint16)
+    above = np.rint((np.float32(1) / scale) * (np.maximum(x, lowest) - lowest))
+    return scale, least, above.astype(np.uint16)
+
+
+def _as_decoded(x: Float32) -> tuple[np.float32, np.float32, NDArray[np.uint16]] | None:
+    """The row that decodes to ``x``, if there is one.
+
+    Its least value is that of the word 0. The largest, of the word 65535, is rounded, so that
+    the scale is known but for its last few bits: of those, all are tried.
+    """
+    least, largest = x.min(), x.max()
+    if not np.isfinite(least):
+        return None
+    wide = x.astype(np.float64) - np.float64(least)
+    guess = np.float32((np.float64(largest) - np.float64(least)) / 65535)
+    if guess == 0:
+        return (guess, least, np.zeros(len(x), np.uint16)) if largest == least else None
+    words = np.rint(wide / np.float64(guess))
+    if words.max() > 65535:
+        return None
+    # Half a unit in the last place of the two ends, in units of the scale's.
+    reach = int(np.ceil(np.spacing(np.abs(x).max()) / 65535 / np.spacing(guess))) + 1
+    whole = words.astype(np.uint16)
+    for step in sorted(range(-reach, reach + 1), key=abs):
+        scale = np.float32(guess + step * np.spacing(guess))
+        if np.array_equal(decode(np.array([scale]), np.array([least]), whole[None])[0], x):
+            return scale, least, whole
+    return None
+
+
+def convert(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    key: str | None = None,
+    tokens: Any = None,
+    context: int | None = None,
+    input: str = "logits",
+) -> None:
+    """Convert a file of logits into one of another kind, block by block.
+
+    Parameters
+    ----------
+    source
+        What `klfast.open_logits` takes.
+    target
+        A ``.npy`` or ``.safetensors`` file, in float32, or else a base-logits file of llama.cpp.
+        Of such a file arrays get the log-probabilities as they are stored: what is at the floor
+        has too much mass in them, so compare the file itself rather than the array.
+    key
+        Name of the array in ``source``.
+    tokens, context
+        To write a file of llama.cpp: the text, as integers or the file that holds them, and how
+        many tokens a context has. ``source`` has a row for each token that llama.cpp scores,
+        those of the second half of each context but its last one. None takes them from a
+        ``source`` that is such a file.
+    input
+        What ``source`` holds, as for `encode`.
+
+    Raises
+    ------
+    SourceError, ValueError
+        If a file cannot be read, shapes do not fit, or a value cannot be written.
+    """
+    opened = open_logits(source, key)
+    suffix = Path(target).suffix.lower()
+    if suffix == ".npz":
+        raise ValueError(f"{os.fspath(target)}: accepted: .npy, .safetensors, or another name")
+    if suffix in (".npy", ".safetensors"):
+        if tokens is not None or context is not None:
+            raise ValueError(f"{os.fspath(target)}: holds logits alone, and no tokens or context")
+        _write_array(opened, target, suffix)
+        return
+    if isinstance(opened, BaseLogits):
+        if tokens is not None or context is not None:
+            raise ValueError(f"{opened.name}: has its own tokens and context")
+        with replacing(target) as temporary:
+            shutil.copyfile(source, temporary)
+        return
+    if tokens is None or context is None:
+        raise ValueError("a file of llama.cpp holds the text too: tokens and context are needed")
+    given = open_targets(tokens) if isinstance(tokens, (str, os.PathLike)) else tokens
+    text = _text(np.asarray(given), context, opened)
+    with replacing(target) as temporary, temporary.open("wb") as file:
+        file.write(MAGIC + np.array([context, opened.shape[-1], len(text)], "<u4").tobytes())
+        file.write(text.astype("<i4").tobytes())
+        for start, block in _blocks(opened):
+            try:
+                file.write(encode(block, input).tobytes())
+            except ValueError as error:
+                raise SourceError(f"{opened.name}: rows from {start}: {error}") from error
+
+
+def _text(tokens: NDArray[Any], context: int, source: LogitSource) -> NDArray[Any]:
+    """All tokens, context after context, if they are as many as the rows need."""
+    rows = math.prod(source.shape[:-1])
+    scored = context - 1 - context // 2
+    if scored < 1:
+        raise ValueError(f"context is {context}; accepted: a whole number from 3")
+    chunks, rest = divmod(tokens.size, context)
+    if not np.issubdtype(tokens.dtype, np.integer) or rest or chunks * scored != rows:
+        raise SourceError(
+            f"{source.name}: has {rows} rows, and tokens are {tokens.size} of {tokens.dtype}; "
+            f"accepted, of contexts of {context} with {scored} rows each: "
+            f"{rows // scored * context} integers"
+        )
+    outside = (tokens < 0) | (tokens >= source.shape[-1])
+    if outside.any():
+        raise SourceError(
+            f"tokens: token {tokens[outside].flat[0]} is outside the vocabulary, 0 to "
+            f"{source.shape[-1] - 1}"
+        )
+    return tokens.reshape(chunks, context)
+
+
+def _write_array(source: LogitSource, target: str | os.PathLike[str], suffix: str) -> None:
+    """Write float32 rows as they come: both formats are a header and the numbers after it."""
+    shape = list(source.shape)
+    stream = io.BytesIO()
+    if suffix == ".npy":
+        header = {"descr": "<f4", "fortran_order": False, "shape": tuple(shape)}
+        np.lib.format.write_array_header_2_0(stream, header)
+    else:
+        entry = {"dtype": "F32", "shape": shape, "data_offsets": [0, 4 * math.prod(shape)]}
+        text = json.dumps({"logits": entry}).encode()
+        text += b" " * (-len(text) % 8)
+        stream.write(len(text).to_bytes(8, "little") + text)
+    with replacing(target) as temporary, temporary.open("wb") as file:
+        file.write(stream.getvalue())
+        for _, block in _blocks(source):
+            file.write(np.ascontiguousarray(block, "<f4").tobytes())
+
+
+def _blocks(source: LogitSource) -> Iterator[tuple[int, NDArray[Any]]]:
+    rows = math.prod(source.shape[:-1])
+    at_once = max(1, _BLOCK_BYTES // (4 * source.shape[-1]))
+    for start in range(0, rows, at_once):
+        yield start, np.asarray(source.read(start, min(start + at_once, rows)))
+
+
+def _row_words(n_vocab: int) -> int:
+    return 2 * ((n_vocab + 1) // 2) + 4
+
+
+def statistics(base: BaseLogits, test: LogitSource) -> Iterator[str]:
+    """Lines that ``llama-perplexity --kl-divergence`` prints of a base file and a test model.
+
+    In its own way, float32 arithmetic included: KL over the entries whose base log-probability is
+    above -16, which may be negative. ``test`` are logits of the rows of ``base``; if they come
+    from such a file too, they have 16 bits, and are taken as they are. Lines come chunk by chunk,
+    and the statistics, of 100 rows or more, at the end.
+
+    Raises
+    ------
+    SourceError
+        If the two do not have the same shape, or not the same text.
+    """
+    check_same_text(base, test)
+    chunks, rows, _ = base.shape
+    found = Rows(*(np.empty(chunks * rows, kind) for kind in ("f8", "f4", "f4", "f4", "?")))
+    normalized = isinstance(test, BaseLogits)
+    yield _CHUNK_TITLE
+    with ThreadPoolExecutor(get_num_threads(), "klfast-llama") as pool:
+        for chunk in range(chunks):
+            end = (chunk + 1) * rows
+            for start in range(chunk * rows, end, _ROWS_AT_ONCE):
+                part = slice(start, min(start + _ROWS_AT_ONCE, end))
+                blocks = (np.asarray(each.read(part.start, part.stop)) for each in (base, test))
+                tokens = base.targets.ravel()[part]
+                values = pool.map(_row, *blocks, tokens, itertools.repeat(normalized))
+                for column, each in zip(found, zip(*values, strict=True), strict=True):
+                    column[part] = each
+            yield f"{chunk + 1:4d}" + _chunk_line(*(each[:end] for each in found))
+    if chunks * rows >= _FEW:
+        yield from _final_lines(*found)
+
+
+class Rows(NamedTuple):
+    """What is summed up of the rows; or of one of them."""
+
+    kld: Any
+    change: Any  # of the token's probability
+    nll: Any
+    nll_base: Any
+    same: Any  # whether the largest entry is
+
+
+def _row(a: Float32, logits: NDArray[Any], token: int, normalized: bool) -> Rows:
+    """Compare one row of base log-probabilities with one of the test model."""
+    b = logits.astype(np.float32, copy=False)
+    log_sum = np.float32(0)
+    if not normalized:
+        largest = b.max()
+        log_sum = largest + np.float32(np.log(np.exp(b - largest).sum(dtype=np.float64)))
+    above = a > -16
+    terms = np.exp(a[above]) * (a[above] - b[above] + log_sum)
+    nll, nll_base = log_sum - b[token], -a[token]
+    change = np.exp(-nll) - np.exp(-nll_base)
+    return Rows(terms.sum(dtype=np.float64), change, nll, nll_base, a.argmax() == b.argmax())
+
+
+# Its output, with the same numbers of digits.
+
+_CHUNK_TITLE = (
+    "chunk             PPL               ln(PPL(Q)/PPL(base))          KL Divergence"
+    "              Δp RMS            Same top p"
+)
+_FEW = 100  # with fewer rows it prints no statistics
+_QUANTILES = ("99.9", "99.0", "95.0", "90.0", "75.0", "Median", "25.0", "10.0", " 5.0", " 1.0",
+              " 0.1")  # fmt: skip
+
+
+def _mean(values: NDArray[Any]) -> tuple[float, float]:
+    """Mean and its standard error, 0 of ten values or fewer."""
+    wide = values.astype(np.float64)
+    mean = float(wide.mean())
+    variance = float((values * values).astype(np.float64).mean()) - mean * mean
+    return mean, math.sqrt(variance / (len(wide) - 1)) if variance > 0 and len(wide) > 10 else 0.0
+
+
+def _logarithms(nll: Float32, nll_base: Float32) -> tuple[Any, ...]:
+    """Mean and error of both, their covariance, and mean and error of the difference."""
+    test, base = _mean(nll), _mean(nll_base)
+    covariance = 0.0
+    if len(nll) >= 10:
+        product = float((nll * nll_base).astype(np.float64).mean())
+        covariance = (product - test[0] * base[0]) / (len(nll) - 1)
+    variance = test[1] ** 2 + base[1] ** 2 - 2 * covariance
+    return test, base, covariance, (test[0] - base[0], math.sqrt(max(variance, 0.0)))
+
+
+def _rms(change: Float32) -> tuple[float, float]:
+    mean, error = _mean((change * change).astype(np.float64))
+    rms = math.sqrt(mean)
+    return 100 * rms, 100 * 0.5 / rms * error if rms else math.nan
+
+
+def _same(same: NDArray[Any]) -> tuple[float, float]:
+    share, n = float(same.mean()), len(same)
+    return 100 * share, 100 * math.sqrt(share * (1 - share) / (n - 1)) if n > 1 else math.nan
+
+
+def _chunk_line(
+    kld: NDArray[np.float64], change: Float32, nll: Float32, nll_base: Float32, same: NDArray[Any]
+) -> str:
+    (mean, error), _, _, ratio = _logarithms(nll, nll_base)
+    perplexity = math.exp(mean)
+    kl, rms, top = _mean(kld), _rms(change), _same(same)
+    return (
+        f"    {perplexity:9.4f} ± {perplexity * error:9.4f}    {ratio[0]:10.5f} ± {ratio[1]:10.5f}"
+        f"    {kl[0]:10.5f} ± {kl[1]:10.5f}    {rms[0]:6.3f} ± {rms[1]:6.3f} %"
+        f"    {top[0]:6.3f} ± {top[1]:6.3f} %"
+    )
+
+
+def _final_lines(
+    kld: NDArray[np.float64], change: Float32, nll: Float32, nll_base: Float32, same: NDArray[Any]
+) -> list[str]:
+    test, base, covariance, ratio = _logarithms(nll, nll_base)
+    ppl, ppl_base = math.exp(test[0]), math.exp(base[0])
+    errors = ppl * test[1], ppl_base * base[1]
+    spread = test[1] * base[1]
+    squared = errors[0] ** 2 + errors[1] ** 2 - 2 * ppl * ppl_base * covariance
+
+    quotient = math.exp(ratio[0])
+
+    def pair(value: float, error: float) -> str:
+        return f"{value:10.6f} ± {error:10.6f}"
+
+    ordered, change = np.sort(kld.astype(np.float32)), np.sort(change)
+    lines = [
+        "====== Perplexity statistics ======",
+        f"Mean PPL(Q)                   : {pair(ppl, errors[0])}",
+        f"Mean PPL(base)                : {pair(ppl_base, errors[1])}",
+        "Cor(ln(PPL(Q)), ln(PPL(base))): "
+        f"{100 * covariance / spread if spread else math.nan:6.2f}%",
+        f"Mean ln(PPL(Q)/PPL(base))     : {pair(*ratio)}",
+        f"Mean PPL(Q)/PPL(base)         : {pair(quotient, quotient * ratio[1])}",
+        f"Mean PPL(Q)-PPL(base)         : {pair(ppl - ppl_base, math.sqrt(max(squared, 0.0)))}",
+        "====== KL divergence statistics ======",
+        f"Mean    KLD: {pair(*_mean(kld))}",
+        f"Maximum KLD: {ordered[-1]:10.6f}",
+    ]
+    quartiles = ("75.0", "25.0")
+    for each in (each for each in _QUANTILES if each not in quartiles):
+        name = "Median " if each == "Median" else f"{each}%  "
+        lines.append(f"{name} KLD: {_quantile(ordered, each):10.6f}")
+    lines += [
+        f"Minimum KLD: {ordered[0]:10.6f}",
+        "====== Token probability statistics ======",
+        "Mean    Δp: {:6.3f} ± {:5.3f} %".format(*(100 * x for x in _mean(change))),
+        f"Maximum Δp: {100 * change[-1]:6.3f}%",
+    ]
+    for each in _QUANTILES:
+        name = "Median " if each == "Median" else f"{each}%  "
+        lines.append(f"{name} Δp: {100 * _quantile(change, each):6.3f}%")
+    lines += [
+        f"Minimum Δp: {100 * change[0]:6.3f}%",
+        "RMS Δp    : {:6.3f} ± {:5.3f} %".format(*_rms(change)),
+        "Same top p: {:6.3f} ± {:5.3f} %".format(*_same(same)),
+    ]
+    return lines
+
+
+def _quantile(ordered: Float32, name: str) -> float:
+    """Linear between the values beside f (n - 1), in float32."""
+    n = len(ordered)
+    if name == "Median":
+        return float(np.float32(0.5) * (ordered[(n - 1) // 2] + ordered[n // 2]))
+    place = np.float32(float(name) / 100) * np.float32(n - 1)
+    below = int(place)
+    part = place - np.float32(below)
+    return float((1 - part) * ordered[below] + part * ordered[min(below + 1, n - 1)])
+
+
+def check_same_text(base: LogitSource, test: LogitSource) -> None:
+    """Raise `SourceError` if two sources do not belong together."""
+    if isinstance(base, BaseLogits) and isinstance(test, BaseLogits) and base.n_ctx != test.n_ctx:
+        raise SourceError(f"{test.name}: has n_ctx {test.n_ctx}, but {base.name} has {base.n_ctx}")
+    if base.shape[-1] != test.shape[-1]:
+        raise SourceError(
+            f"{test.name}: has a vocabulary of {test.shape[-1]}, but {base.name} has "
+            f"{base.shape[-1]}"
+        )
+    if math.prod(base.shape[:-1]) != math.prod(test.shape[:-1]):
+        raise SourceError(f"{test.name}: has shape {test.shape}, but {base.name} has {base.shape}")
+    if isinstance(base, BaseLogits) and isinstance(test, BaseLogits):
+        different = np.argwhere(base.tokens != test.tokens)
+        if different.size:
+            chunk, place = different[0]
+            raise SourceError(
+                f"{test.name}: was made of another text than {base.name}: token {place} of chunk "
+                f"{chunk} is {test.tokens[chunk, place]}, not {base.tokens[chunk, place]}"
+            )

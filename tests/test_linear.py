@@ -1,0 +1,156 @@
+"""Logits that are made while they are compared: against the plain product in float64."""
+
+import tracemalloc
+from typing import Any
+
+import numpy as np
+import pytest
+
+import klfast
+from klfast import Evaluation, LinearLogits, evaluate
+
+RANDOM = np.random.default_rng(21)
+HIDDEN = RANDOM.standard_normal((3, 5, 32)).astype(np.float32)
+WEIGHT = (RANDOM.standard_normal((70, 32)) / 4).astype(np.float32)
+BIAS = RANDOM.standard_normal(70).astype(np.float32)
+OTHER = HIDDEN + 0.1 * RANDOM.standard_normal(HIDDEN.shape).astype(np.float32)
+
+
+def exact(
+    hidden: Any, weight: Any, bias: Any = None, scale: Any = None, softcap: Any = None
+) -> Any:
+    """The same in float64."""
+    x = np.asarray(hidden, np.float64) @ np.asarray(weight, np.float64).T
+    x *= 1 if scale is None else scale
+    x += 0 if bias is None else np.asarray(bias, np.float64)
+    return x if softcap is None else softcap * np.tanh(x / softcap)
+
+
+@pytest.mark.parametrize("blocks", [1, 7, 1000])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"bias": BIAS}, {"scale": 0.25}, {"softcap": 3.0},
+     {"bias": BIAS, "scale": 2.0, "softcap": 5.0}],
+)  # fmt: skip
+def test_logits(
+    options: dict[str, Any], dtype: str, blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = np.dtype(pytest.importorskip("ml_dtypes").bfloat16 if dtype == "bfloat16" else dtype)
+    monkeypatch.setattr("klfast._linear._BLOCK_BYTES", blocks * 32 * 4)
+    hidden, weight = HIDDEN.astype(kind), WEIGHT.astype(kind)
+    source = LinearLogits(hidden, weight, **options)
+    assert source.shape == (3, 5, 70)
+    assert source.dtype == ("float64" if dtype == "float64" else "float32")
+    expected = exact(hidden, weight, **options).reshape(15, 70)
+    for start, stop in ((0, 15), (4, 9), (7, 7)):
+        found = source.read(start, stop)
+        assert found.dtype == source.dtype
+        # The states are not rounded again: the error is that of sums in float32.
+        np.testing.assert_allclose(found, expected[start:stop], rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch", "jax"])
+def test_compared_like_arrays(kind: str) -> None:
+    library: Any = pytest.importorskip("jax.numpy" if kind == "jax" else kind)
+    base, test, weight, bias = (library.asarray(x) for x in (HIDDEN, OTHER, WEIGHT, BIAS))
+    sources = LinearLogits(base, weight, bias), LinearLogits(test, weight, bias, softcap=20.0)
+    arrays = exact(HIDDEN, WEIGHT, BIAS), exact(OTHER, WEIGHT, BIAS, softcap=20.0)
+    targets = RANDOM.integers(0, 70, (3, 5))
+    keep = RANDOM.random((3, 5)) < 0.7
+    cases: list[dict[str, Any]] = [
+        {}, {"reduction": "mean", "base": 2}, {"where": keep, "reduction": "sum"},
+        {"temperature": 2.0, "vocab_size": 60, "where": keep},
+    ]  # fmt: skip
+    for options in cases:
+        options = {"metrics": ("kl", "nll_q", "same_top"), "targets": targets % 60, **options}
+        found, expected = klfast.compare(*sources, **options), klfast.compare(*arrays, **options)
+        assert found.metrics == expected.metrics
+        assert (found.shape, found.vocab_size) == (expected.shape, expected.vocab_size)
+        assert found["kl"].dtype == np.float32
+        for name in found:
+            np.testing.assert_allclose(found[name], expected[name], rtol=2e-4, atol=1e-6)
+    evaluation = Evaluation()
+    evaluation.update(*sources, targets, keep)
+    job = evaluate(*sources, targets, chunk_rows=4)
+    np.testing.assert_array_equal(evaluation.columns["kl"], job.columns["kl"][keep.ravel()])
+    assert job.summary().sequences == 3
+
+
+def test_sequences_of_batches_stay_apart() -> None:
+    evaluation = Evaluation()
+    base, test = LinearLogits(HIDDEN, WEIGHT), LinearLogits(OTHER, WEIGHT)
+    evaluation.update(base, test)
+    evaluation.update(base, test)
+    assert evaluation.columns["sequence"].tolist() == np.repeat(np.arange(6), 5).tolist()
+    arrays = Evaluation()
+    for _ in range(2):
+        arrays.update(*(each.read(0, 15).reshape(3, 5, 70) for each in (base, test)))
+    for name, column in arrays.columns.items():
+        np.testing.assert_array_equal(evaluation.columns[name], column)
+    assert evaluation.seconds > 0
+
+
+def test_a_source_that_fails_midway_leaves_nothing() -> None:
+    class Failing:
+        name, shape, dtype, unit_rows = "failing", (5000, 2000), "float64", 1
+
+        def read(self, start: int, stop: int) -> Any:
+            if start:
+                raise OSError("gone")
+            return np.zeros((stop - start, 2000))
+
+    evaluation = Evaluation()
+    source: Any = Failing()
+    with pytest.raises(OSError, match="gone"):
+        evaluation.update(source, source)
+    assert evaluation == Evaluation()
+
+
+def test_one_side_may_be_an_array() -> None:
+    logits = exact(HIDDEN, WEIGHT).astype(np.float32)
+    found = klfast.compare(LinearLogits(HIDDEN, WEIGHT), logits, "kl")["kl"]
+    assert found.shape == (3, 5)
+    assert found.max() < 1e-11
+    with pytest.raises(ValueError, match="axis is 0; accepted, of a LogitSource: -1"):
+        klfast.compare(LinearLogits(HIDDEN, WEIGHT), logits, axis=0)
+    with pytest.raises(ValueError, match=r"where has shape \(15,\) and dtype bool; accepted"):
+        klfast.compare(LinearLogits(HIDDEN, WEIGHT), logits, where=np.ones(15, bool))
+
+
+def test_rounded_states_keep_float32_sums() -> None:
+    """Projecting bfloat16 states must not round the logits to bfloat16 before they are compared."""
+    torch = pytest.importorskip("torch")
+    hidden, weight = torch.from_numpy(HIDDEN).bfloat16(), torch.from_numpy(WEIGHT).bfloat16()
+    expected = exact(hidden.double(), weight.double())
+    found = LinearLogits(hidden, weight).read(0, 15)
+    np.testing.assert_allclose(found.reshape(3, 5, 70), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_memory_does_not_grow_with_the_rows() -> None:
+    weight, chunk = np.zeros((4000, 8), np.float32), 200 * 4000 * 4
+    hidden = RANDOM.standard_normal((8000, 8)).astype(np.float32)
+    source = LinearLogits(hidden, weight)
+    tracemalloc.start()
+    evaluate(source, source, metrics=["kl"], chunk_rows=200)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    # Two chunks of each side, one being made: of 40.
+    assert peak < 6 * chunk
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ((HIDDEN, WEIGHT[:, :30]), r"weight has shape \(70, 30\), but hidden has \(3, 5, 32\)"),
+        ((HIDDEN, WEIGHT[0]), r"weight has shape \(32,\)"),
+        ((HIDDEN, WEIGHT[:0]), "at least one row"),
+        ((HIDDEN, WEIGHT, BIAS[1:]), r"bias has shape \(69,\); accepted: \(70,\)"),
+        ((HIDDEN, WEIGHT, None, np.inf), "scale is inf; accepted: a finite number"),
+        ((HIDDEN, WEIGHT, None, None, 0), "softcap is 0; accepted: a positive number"),
+        ((HIDDEN.astype(int), WEIGHT), "int64"),
+    ],
+)
+def test_refusals(arguments: Any, reason: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=reason):
+        LinearLogits(*arguments)
