@@ -14,8 +14,10 @@ from enum import IntEnum
 from typing import NamedTuple
 
 __all__ = [
+    "CHANGE",
     "COLUMNS",
     "EXAMPLE",
+    "LOG_RATIO",
     "LOG_SOFTMAX",
     "STATISTICS",
     "Finish",
@@ -24,6 +26,7 @@ __all__ = [
     "exact_operation",
     "plan_of",
     "plans_of",
+    "statistics_of",
 ]
 
 #: Orders and weights below this are 0: their products with anything are below every accuracy.
@@ -89,10 +92,10 @@ def _pair(module: str, operation: str, parameter: float = 0.0, rows: str = "pq")
 
 
 def _statistics(finish: Finish, sides: str) -> Plan:
-    return Plan(tuple(_statistics_of(side) for side in sides), finish)
+    return Plan(tuple(statistics_of(side) for side in sides), finish)
 
 
-def _statistics_of(side: str) -> Step:
+def statistics_of(side: str) -> Step:
     return Step("single_pass", "statistics", side)
 
 
@@ -121,17 +124,21 @@ def _renyi(alpha: float) -> Plan:
     return Plan((step,)) if factor == 1.0 else Plan((step,), Finish.SCALED, (factor,))
 
 
+def _power_step(alpha: float) -> tuple[Step, float]:
+    """As `_renyi_step`, for an S itself."""
+    # The relative error of S is the absolute error of its logarithm, which grows with the order
+    # and with the largest log-ratio.
+    step, factor = _renyi_step(alpha, 8.0)
+    return (step._replace(module="exact") if alpha > 5.0 else step), factor
+
+
 def _power(alpha: float, scale: Callable[[float], float]) -> Plan:
     """(S - 1)/(alpha - 1) scale(alpha), with log S = (alpha - 1) times the Rényi divergence."""
     if alpha < TINY and scale(1.0) != scale(2.0):
         return _pair("one_pass", "kl", rows="qp")  # the limit of the alpha-divergence
     if alpha == math.inf:
         return Plan((Step("exact", "renyi_inf", "pq"),), Finish.INFINITE_POWER)
-    # The relative error of S is the absolute error of its logarithm, which grows with the order
-    # and with the largest log-ratio.
-    step, factor = _renyi_step(alpha, 8.0)
-    if alpha > 5.0:
-        step = step._replace(module="exact")
+    step, factor = _power_step(alpha)
     if alpha == 1.0:
         return Plan((step,))
     return Plan((step,), Finish.POWER, (alpha - 1.0, factor, scale(alpha)))
@@ -166,6 +173,11 @@ _PLANS = {
     "delta_prob": _statistics(Finish.DELTA_PROB, "pq"),
 }
 
+#: log(Sx/Sy), with Sx the sum of exp((x - m)/T) and m the largest x, as exactly as they are close.
+LOG_RATIO = Step("exact", "log_ratio", "pq")
+#: sum (q - p) of normalizers that are given.
+CHANGE = Step("two_phase", "change", "pq")
+
 #: What writes log-probabilities; it gives no values.
 LOG_SOFTMAX = Step("single_pass", "log_softmax", "p")
 
@@ -184,6 +196,10 @@ def plan_of(name: str, parameters: tuple[float, ...]) -> Plan:
         return _power(parameter, scale=lambda alpha: 1.0 / alpha)
     if name == "tsallis":
         return _power(parameter, scale=lambda alpha: 1.0)
+    if name == "log_power":
+        # As Rényi, and as exact as exponentials of its multiples need.
+        step, factor = _power_step(parameter)
+        return Plan((step,)) if factor == 1.0 else Plan((step,), Finish.SCALED, (factor,))
     if name == "topk_overlap":
         return _pair("top_k", "overlap", parameter)
     assert name == "renyi_entropy"
@@ -203,7 +219,7 @@ def plans_of(metrics: Sequence[tuple[str, tuple[float, ...]]]) -> list[Plan]:
         }
         plans = [both.get(plan, plan) for plan in plans]
     steps = {step for plan in plans for step in plan.steps}
-    known = {_top(side): step for side in "pq" if (step := _statistics_of(side)) in steps}
+    known = {_top(side): step for side in "pq" if (step := statistics_of(side)) in steps}
     return [plan._replace(steps=tuple(known.get(s, s) for s in plan.steps)) for plan in plans]
 
 

@@ -119,6 +119,15 @@ def test_real_logits(test: str, operation: Operation, parameters: tuple[float, .
     check(operation, parameters, Cases(names[::4], p[::4], q[::4]))
 
 
+def test_reverse_kl_beside_kl_where_q_hardly_has_what_p_has() -> None:
+    """The reverse KL of such a row is a small share of the terms of KL that it is summed with."""
+    p = np.array([[57.55093, 45.864517, 123.85, 120.21582, 35.691162]], np.float32)
+    q = np.array([[46.05071, 35.233406, 138.87283, 117.72908, 32.969456]], np.float32)
+    found = klfast.compare(p, q, ("kl", "reverse_kl"), dtype="float64")
+    np.testing.assert_allclose(found["kl"], reference.kl_divergence(p, q), rtol=2e-6)
+    np.testing.assert_allclose(found["reverse_kl"], reference.kl_divergence(q, p), rtol=2e-6)
+
+
 # Every way to hand over rows
 
 

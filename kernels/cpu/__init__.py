@@ -23,7 +23,7 @@ import ctypes
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, NamedTuple, Protocol
@@ -32,8 +32,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..plans import (
+    CHANGE,
     COLUMNS,
     EXAMPLE,
+    LOG_RATIO,
     LOG_SOFTMAX,
     Finish,
     Plan,
@@ -41,6 +43,7 @@ from ..plans import (
     exact_operation,
     plan_of,
     plans_of,
+    statistics_of,
 )
 from . import native, threads
 from .native import kernel
@@ -54,9 +57,11 @@ __all__ = [
     "gradient",
     "info",
     "log_softmax",
+    "partial_sums",
     "read_bytes",
     "run",
     "set_num_threads",
+    "shard",
     "warmup",
 ]
 
@@ -72,14 +77,17 @@ AT_A_TIME = 1 << 16
 #: Bytes of both rows that ``compare`` keeps in cache while every metric reads them.
 CACHE_BLOCK = 1 << 21
 
+_LOG2_E = math.log2(math.e)
+_LN_2 = math.log(2.0)
+_FARTHEST = 8192.0
 _ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 _DTYPE_CODE = {"float16": 0, "bfloat16": 1, "float32": 2, "float64": 3}
 #: The parameters of each kernel, as native.kernel wants them.
 _SIGNATURE = {
     "one_pass": "q" * 18 + "d" * 3,
-    "two_phase": "q" * 18 + "d",
+    "two_phase": "q" * 19 + "d",
     "single_pass": "q" * 18 + "d",
-    "exact": "q" * 18 + "d" * 3,
+    "exact": "q" * 19 + "d" * 3,
     "gradients": "q" * 21 + "d" * 3,
     "top_k": "q" * 18,
     "floors": "q" * 12,
@@ -167,6 +175,31 @@ def _place(rows: Rows) -> tuple[int, int, int]:
     return rows.address, rows.row_stride, _address(rows.offsets)
 
 
+class _Bytes:
+    """Lends memory to NumPy, byte by byte."""
+
+    def __init__(self, address: int, length: int) -> None:
+        self.__array_interface__ = {
+            "version": 3, "data": (address, True), "typestr": "|u1", "shape": (length,),
+        }  # fmt: skip
+
+
+def _entries(batch: Rows, rows: Numbers, indices: Numbers) -> Values:
+    """One entry of each of the rows, as it is given."""
+    if not len(rows):
+        return np.empty(0)
+    size = _ITEMSIZE[batch.dtype]
+    starts = rows * batch.row_stride if batch.offsets is None else batch.offsets[rows]
+    at = starts + indices * batch.stride
+    first = int(at.min())
+    table = np.asarray(_Bytes(batch.address + first, int(at.max()) - first + size))
+    found = table[(at - first)[:, None] + np.arange(size)]
+    if batch.dtype == "bfloat16":
+        wide = np.concatenate([np.zeros_like(found), found], axis=-1)
+        return np.asarray(wide.view(np.float32)[:, 0], np.float64)
+    return np.asarray(found.view(batch.dtype)[:, 0], np.float64)
+
+
 def _is_fast(p: Rows, q: Rows | None = None) -> bool:
     """Whether the float32 kernels can read these rows."""
     size = _ITEMSIZE[p.dtype]
@@ -203,12 +236,14 @@ def _step(
     alone: bool = False,
     exactly: bool = False,
     known: Values | None = None,
+    normalizers: Values | None = None,
 ) -> None:
     """Run one kernel, and on the rows that it did not finish more careful ones.
 
     First the same ``exactly``, where that is another one, then ``exact``.  ``out`` is an array of
     values, or for log_softmax the rows to write.  ``alone`` keeps the work in this thread, and
-    rows uncut.
+    rows uncut.  Into ``known`` go the constants of each row, NaN where only ``exact`` has them.
+    ``normalizers`` are those of whole rows, of which these are shards.
     """
     if step.rows[0] == "q":
         assert q is not None
@@ -221,7 +256,7 @@ def _step(
         or not _is_fast(p, q)
         or (written is not None and (written.dtype != "float32" or written.stride != 4))
     ):
-        _step_exact(step, p, q, rows, out, tokens, alone)
+        _step_exact(step, p, q, rows, out, tokens, alone, normalizers)
         return
     n = p.count if rows is None else len(rows)
     chunk, parts, part_width = (n, 1, p.width) if alone else _cut(n, p.width)
@@ -248,11 +283,13 @@ def _step(
         function = _kernel(step.module, step.operation, p.dtype, q.dtype, exactly)
         assert isinstance(out, np.ndarray)
         lead = (*_place(p), *_place(q), *share)
-        results = (states, done, redo, _address(out), inverse)
+        results = (states, done, redo, _address(out))
         if step.module == "one_pass":
-            runs = [(*lead, *results[:-1], _address(known), inverse, step.parameter, step.limit)]
+            runs = [(*lead, *results, _address(known), inverse, step.parameter, step.limit)]
         else:
-            runs = [(*lead, phase, *results) for phase in ((0,) if parts == 1 else (1, 2))]
+            constants = None if normalizers is None else _constants(normalizers, p.temperature)
+            phases = (0,) if parts == 1 or constants is not None else (1, 2)
+            runs = [(*lead, phase, *results, _address(constants), inverse) for phase in phases]
     for arguments in runs:
         space[0] = 0
         _launch(function, arguments, n * p.width * len(step.rows), alone)
@@ -260,9 +297,24 @@ def _step(
     if unfinished:
         again = np.sort(space[2 : 2 + unfinished])
         if q is None or exactly:
-            _step_exact(step, p, q, again, out, tokens, alone)
+            if known is not None:
+                known[again] = np.nan
+            _step_exact(step, p, q, again, out, tokens, alone, normalizers)
         else:
-            _step(step._replace(rows="pq"), p, q, again, out, tokens, alone, True, known)
+            pair = step._replace(rows="pq")
+            _step(pair, p, q, again, out, tokens, alone, True, known, normalizers)
+
+
+def _constants(normalizers: Values, temperature: float) -> Values:
+    """Those of log2 p = a x + kx, log2 q = a y + ky and log2(q/p) = a (y - x) + c."""
+    mx, log_x, my, log_y, ratio = normalizers.T
+    with np.errstate(all="ignore"):
+        a = np.float64(np.float32(_LOG2_E / temperature))
+        columns = (-a * mx - _LOG2_E * log_x, -a * my - _LOG2_E * log_y)
+        constants = np.stack([*columns, a * (mx - my) + _LOG2_E * ratio], axis=-1)
+    # Larger ones leave too few bits of float32 to the exponents: such rows need float64.
+    constants[~(np.abs(constants) < _FARTHEST).all(axis=-1)] = np.nan
+    return constants
 
 
 def _step_exact(
@@ -273,6 +325,7 @@ def _step_exact(
     out: NDArray[Any] | Rows,
     tokens: Numbers | None,
     alone: bool = False,
+    normalizers: Values | None = None,
 ) -> None:
     """Run a step in float64, whatever the input; or the top_k kernel, which reads alike."""
     if step.operation == "kl_both":
@@ -305,7 +358,8 @@ def _step_exact(
         )  # fmt: skip
     else:
         inverses = (1.0 / p.temperature, 1.0 / other.temperature)
-        tail = (1, probabilities, _address(tokens), result, *inverses, step.parameter)
+        pointers = (_address(tokens), result, _address(normalizers))
+        tail = (1, probabilities, *pointers, *inverses, step.parameter)
         arguments = (*common, *tail)
     _launch(function, arguments, n * p.width * 4, alone)
 
@@ -354,36 +408,149 @@ def compare(
 ) -> list[Values]:
     """Values of many operations, from one read of main memory.
 
-    Each thread takes a few rows at a time and runs every step on them while they are in its
-    cache.  Values of rows that are not in ``rows`` are undefined.
+    Values of rows that are not in ``rows`` are undefined.
     """
     plans = plans_of(metrics)
-    steps = list(dict.fromkeys(step for plan in plans for step in plan.steps))
+    spaces = _steps((step for plan in plans for step in plan.steps), p, q, rows, tokens)
+    return [_planned(plan, spaces, rows, p.count) for plan in plans]
+
+
+def _steps(
+    steps: Iterable[Step],
+    p: Rows,
+    q: Rows | None,
+    rows: Numbers | None,
+    tokens: Numbers | None,
+    known: Values | None = None,
+) -> dict[Step, Values]:
+    """What each step gives.
+
+    Each thread takes a few rows at a time and runs every step on them while they are in its
+    cache.  ``known`` gets the constants of the rows from the step that gives KL.
+    """
     spaces = {step: _empty(step, p.count) for step in steps}
+    into = {step: known if step in _KNOWING else None for step in spaces}
     numbers = np.arange(p.count) if rows is None else rows
-    row_bytes = p.width * (_ITEMSIZE[p.dtype] + _ITEMSIZE[q.dtype])
+    row_bytes = p.width * (_ITEMSIZE[p.dtype] + (0 if q is None else _ITEMSIZE[q.dtype]))
     at_a_time = max(1, CACHE_BLOCK // row_bytes)
     if len(numbers) < FEW_ROWS and p.width > PART:
         # Too few to give every thread rows of its own: all threads work on each row.
-        for step in steps:
-            _step(step, p, q, rows, spaces[step], tokens)
+        for step, space in spaces.items():
+            _step(step, p, q, rows, space, tokens, known=into[step])
     else:
         starts = iter(range(0, len(numbers), at_a_time))
 
         def work() -> None:
             for start in starts:
                 block = numbers[start : start + at_a_time]
-                for step in steps:
-                    _step(step, p, q, block, spaces[step], tokens, alone=True)
+                for step, space in spaces.items():
+                    _step(step, p, q, block, space, tokens, alone=True, known=into[step])
 
         blocks = -(-len(numbers) // at_a_time)
         threads.run(work, min(get_num_threads(), blocks))
+    return spaces
+
+
+def _planned(plan: Plan, spaces: dict[Step, Values], rows: Numbers | None, count: int) -> Values:
     keep = slice(None) if rows is None else rows
-    results = []
-    for plan in plans:
-        out = np.empty(p.count)
-        out[keep] = _finish(plan, [spaces[step][keep] for step in plan.steps])
-        results.append(out)
+    out = np.empty(count)
+    out[keep] = _finish(plan, [spaces[step][keep] for step in plan.steps])
+    return out
+
+
+#: Steps that leave the constants of each row.
+_KNOWING = {step for both in ([("kl", ())], [("kl", ()), ("reverse_kl", ())])
+            for plan in plans_of(both) for step in plan.steps}  # fmt: skip
+
+
+def shard(
+    metrics: Sequence[tuple[str, tuple[float, ...]]],
+    p: Rows,
+    q: Rows | None,
+    rows: Numbers | None,
+    tokens: Numbers | None,
+    first_order: bool = False,
+) -> tuple[list[Values], Values | None, list[Values]]:
+    """What is known of each row by itself, as of a part of a wider one.
+
+    Of each batch the largest entry m as it is given, L = log sum exp((x - m)/T) and the index of
+    m, three columns: NaN where the row is no distribution, -inf, 0 and -1 where all of it is -inf.
+    Of two batches Lx - Ly, as exactly as the rows are close; ``first_order`` where what it is off
+    enters a result as it is, and not as its square.  And the values of the metrics.
+    """
+    plans = plans_of([*metrics, *([] if q is None else [("kl", ())])])
+    batches = [p] if q is None else [p, q]
+    single = [statistics_of(side) for side in "pq"[: len(batches)]]
+    if q is not None and not _is_fast(p, q):
+        # Of a pair one of which needs float64, the masses of both do.
+        plans = [plan._replace(steps=tuple(map(_in_float64, plan.steps))) for plan in plans]
+        single = [_in_float64(step) for step in single]
+    known = np.full((p.count, 3), np.nan)
+    steps = [*single, *(step for plan in plans for step in plan.steps)]
+    spaces = _steps(steps, p, q, rows, tokens, known)
+    sides = [
+        _masses(batch, spaces[step], rows) for batch, step in zip(batches, single, strict=True)
+    ]
+    values = [_planned(plan, spaces, rows, p.count) for plan in plans[: len(metrics)]]
+    if q is None:
+        return sides, None, values
+    # The kernels' exponents are in base 2, with a rounded 1/T.
+    with np.errstate(all="ignore"):  # NaN where they are not known
+        a = float(np.float32(_LOG2_E / p.temperature))
+        ratio = known[:, 2] - a * (sides[0][:, 0] - sides[1][:, 0])
+        ratio *= _LN_2 * (_LOG2_E / p.temperature / a)
+    numbers = np.arange(p.count) if rows is None else rows
+    # The largest log(p/q) is as exact as this is.
+    exactly = ("renyi", (math.inf,)) in metrics
+    carried = np.isfinite(ratio[numbers]) & (not exactly)
+    done, left = numbers[carried], numbers[~carried]
+    if first_order and len(done):
+        normalizers = np.column_stack([sides[0][:, :2], sides[1][:, :2], ratio])
+        change = np.zeros(p.count)
+        _step(CHANGE, p, q, done, change, None, exactly=True, normalizers=normalizers)
+        ratio[done] -= change[done]
+    if len(left):
+        _step(LOG_RATIO, p, q, left, ratio, None)
+    return sides, ratio, values
+
+
+def _in_float64(step: Step) -> Step:
+    return step._replace(module="exact") if step.module == "single_pass" else step
+
+
+def _masses(batch: Rows, statistics: Values, rows: Numbers | None) -> Values:
+    """Largest entry, log-sum and index, of the statistics of one batch."""
+    columns = np.full((batch.count, 3), np.nan)
+    keep = slice(None) if rows is None else rows
+    m, S, _, k = statistics[keep, :4].T
+    empty = np.isnan(m) & (S == 0.0) & (k < 0.0)
+    index = np.where(np.isnan(m) & ~empty, np.nan, k)
+    largest = np.where(empty, -np.inf, np.nan)
+    usable = ~np.isnan(m)
+    numbers = np.arange(batch.count)[keep][usable]
+    largest[usable] = _entries(batch, numbers, k[usable].astype(np.int64))
+    log_sum = np.where(empty, 0.0, np.where(usable, np.log1p(S), np.nan))
+    columns[keep] = np.stack([largest, log_sum, index], axis=-1)
+    return columns
+
+
+def partial_sums(
+    metrics: Sequence[tuple[str, tuple[float, ...]]],
+    p: Rows,
+    q: Rows,
+    rows: Numbers | None,
+    normalizers: Values,
+) -> list[Values]:
+    """The shares of these rows in the sums of total variation or Jensen-Shannon of whole rows.
+
+    ``normalizers`` has of each whole row, whose shards these rows are, m and L of P, of Q, and
+    Lx - Ly.
+    """
+    results = [np.full(p.count, np.nan) for _ in metrics]
+    for metric, out in zip(metrics, results, strict=True):
+        (step,) = plan_of(*metric).steps
+        # The fast kernel knows nothing of other shards: what it subtracts must be exact.
+        _step(step, p, q, rows, out, None, exactly=True, normalizers=normalizers)
     return results
 
 

@@ -9,6 +9,9 @@ Every row is read tile by tile into small float64 buffers, three times or more:
    rows agree (see two_phase), with the constant c moved once or twice until it fits;
 3. the sum of non-negative terms (an *integrand*: it takes p, q and t = log(q/p)).
 
+Of a shard of a row, ``log_ratio`` gives what the second step finds, and with the normalizers of the
+whole row the third one gives the shard's share of its sum.
+
 All steps are symmetric in the two rows or change sign only, so that symmetric divergences
 give the same bits when the arguments are swapped.
 """
@@ -271,7 +274,7 @@ def _build_single(operation):
 
     def kernel(
         p, p_stride, p_offsets, p_step, p_dtype, q, q_stride, q_offsets, q_step, q_dtype,
-        width, rows, n_rows, counter, chunk, probabilities, tokens, out, ip, iq, alpha,
+        width, rows, n_rows, counter, chunk, probabilities, tokens, out, known, ip, iq, alpha,
     ):  # fmt: skip
         buffer = buffer_x()
         size = p_step
@@ -330,8 +333,9 @@ def _build_single(operation):
                     continue
                 if statistics:
                     at = out + row * (8 * STATISTICS)
-                    poke_f64(at, top * ip if finite else math.nan)
-                    poke_f64(at + 8, S)
+                    scaled = min(max(top * ip, -_LARGEST), _LARGEST)
+                    poke_f64(at, scaled if finite else math.nan)
+                    poke_f64(at + 8, math.nan if bad else S)
                     poke_f64(at + 16, U)
                     poke_f64(at + 24, index)
                     if tokens != 0:
@@ -369,7 +373,8 @@ def _build_single(operation):
 
 
 def _build_pair(operation):
-    integrand = SUMS[operation]
+    only_ratio = operation == "log_ratio"
+    integrand = SUMS["kl" if only_ratio else operation]
     without_q = operation in INFINITE_WITHOUT_Q
     without_p = operation in INFINITE_WITHOUT_P
     ceiling = CEILING.get(operation, math.inf)
@@ -438,7 +443,7 @@ def _build_pair(operation):
 
     def kernel(
         p, p_stride, p_offsets, p_step, p_dtype, q, q_stride, q_offsets, q_step, q_dtype,
-        width, rows, n_rows, counter, chunk, probabilities, tokens, out, ip, iq, parameter,
+        width, rows, n_rows, counter, chunk, probabilities, tokens, out, known, ip, iq, parameter,
     ):  # fmt: skip
         x = buffer_x()
         y = buffer_y()
@@ -452,6 +457,10 @@ def _build_pair(operation):
                 xp = row_address(p, p_stride, p_offsets, row)
                 yq = row_address(q, q_stride, q_offsets, row)
 
+                # Where the whole row's normalizers are given, of which this is a shard, only 3.
+                given = known != 0
+                scanned = 0 if given else width
+
                 # 1. Maxima and supports.
                 mx = -math.inf
                 my = -math.inf
@@ -460,7 +469,7 @@ def _build_pair(operation):
                 bad = False
                 no_q = False
                 no_p = False
-                for start in range(0, width, TILE):
+                for start in range(0, scanned, TILE):
                     n = min(TILE, width - start)
                     stage(x, xp + start * p_step, p_step, p_dtype, probabilities, n)
                     stage(y, yq + start * q_step, q_step, q_dtype, probabilities, n)
@@ -481,7 +490,7 @@ def _build_pair(operation):
                         only_q = only_q | (zero_p & ~zero_q)
                     no_q = no_q or hany(only_p)
                     no_p = no_p or hany(only_q)
-                if bad or mx == -math.inf or my == -math.inf:
+                if not given and (bad or mx == -math.inf or my == -math.inf):
                     poke_f64(out + 8 * row, math.nan)
                     continue
                 if (
@@ -491,13 +500,13 @@ def _build_pair(operation):
                 ):
                     poke_f64(out + 8 * row, math.inf)
                     continue
-                if support and not no_p:
+                if support and not no_p and not given:
                     poke_f64(out + 8 * row, 0.0)
                     continue
 
                 wx = 0.0
                 wy = 0.0
-                if probabilities != 0:
+                if probabilities != 0 and not given:
                     stage(x, xp + top_x * p_step, p_step, p_dtype, 0, 1)
                     stage(y, yq + top_y * q_step, q_step, q_dtype, 0, 1)
                     wx = peek_f64(x)
@@ -510,7 +519,7 @@ def _build_pair(operation):
                 fine = 0.0
                 Sx = 0.0
                 Sy = 0.0
-                for _attempt in range(4):
+                for _attempt in range(0 if given else 4):
                     Sx = 0.0
                     Sy = 0.0
                     D = 0.0
@@ -556,6 +565,24 @@ def _build_pair(operation):
                         break
                 log_x = math.log1p(Sx)
                 log_y = math.log1p(Sy)
+                if only_ratio:
+                    poke_f64(out + 8 * row, off + fine)
+                    continue
+                if given:
+                    at = known + 40 * row
+                    mx = peek_f64(at)
+                    log_x = peek_f64(at + 8)
+                    my = peek_f64(at + 16)
+                    log_y = peek_f64(at + 24)
+                    off = peek_f64(at + 32)
+                    if not abs(log_x) + abs(log_y) + abs(off) < math.inf:
+                        poke_f64(out + 8 * row, math.nan)
+                        continue
+                    if probabilities != 0:
+                        wx = mx
+                        wy = my
+                        mx = math.log(wx)
+                        my = math.log(wy)
 
                 # 3. The sum.
                 value = 0.0

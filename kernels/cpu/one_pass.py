@@ -46,7 +46,7 @@ from __future__ import annotations
 import functools
 import math
 
-from .mathematics import LN_2, LOG2_E, excess, exp2_near_0, inline, phi, phi_32, psi
+from .mathematics import LN_2, LOG2_E, excess, exp2_32, exp2_near_0, inline, phi, phi_32, psi
 from .normalization import power, rounding, subtraction
 from .rowloop import (
     BLOCK,
@@ -176,6 +176,9 @@ def arithmetic(operation, exactly):
             grown = (t + f) * LN_2
             close = fma(t, grown, -f)
             apart = fma(grown + 1.0, t, -(t + f))
+            far = t < -4.0
+            if hany(far):  # what f is rounded by, times t, would show
+                apart = where(far, fma(exp2_32(t), t - LOG2_E, LOG2_E), apart)
             G = fma(e, where(t < -1.0, apart, close), G)
         if renyi:
             low = vmin(t, low)

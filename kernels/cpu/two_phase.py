@@ -4,6 +4,9 @@ All are sums of M k(tau) with M = max(p, q), tau = abs(log(p/q)), so they need t
 normalizers first.  The first phase reads the row pair from memory and finds them; the
 second reads the pair again, from cache, and sums.
 
+Where the normalizers of the whole row are given (the rows are shards of it), only the second phase
+is run.
+
 Swapping the arguments must not change a bit.  So every quantity is either symmetric or changes
 its sign only, operation by operation; the first phase is that of ``normalization``.
 
@@ -111,8 +114,12 @@ INTEGRANDS = {"js": k_js, "tv": k_tv, "hellinger2": k_hellinger2, "jeffreys": k_
 
 
 def build(operation, dtype_p, dtype_q, exactly):
-    """``exactly`` carries along what the subtraction y - x rounds off."""
-    k = INTEGRANDS[operation]
+    """``exactly`` carries along what the subtraction y - x rounds off.
+
+    ``change`` is the sum of q - p, which is 0 for the right normalizers; they must be given.
+    """
+    signed = operation == "change"
+    k = k_tv if signed else INTEGRANDS[operation]
     ceiling = CEILING.get(operation, math.inf)
     unbounded = operation == "jeffreys"
     first_order = operation == "tv"
@@ -132,6 +139,8 @@ def build(operation, dtype_p, dtype_q, exactly):
     def changed(m, t):
         """q - p."""
         return copysign(m * one_minus_exp2_32(vmin(vabs(t), FAR)), t)
+
+    term = changed if signed else measured
 
     @inline
     def second(term, x, y, start, stop, a, constants):
@@ -203,7 +212,8 @@ def build(operation, dtype_p, dtype_q, exactly):
 
     def kernel(
         p, p_stride, p_offsets, q, q_stride, q_offsets, width, rows, n_rows,
-        counter, chunk, parts, part_width, phase, states, done, redo, out, inverse_temperature,
+        counter, chunk, parts, part_width, phase, states, done, redo, out, known,
+        inverse_temperature,
     ):  # fmt: skip
         a = f64(f32(inverse_temperature * LOG2_E))
         n_tasks = n_rows * parts
@@ -220,6 +230,28 @@ def build(operation, dtype_p, dtype_q, exactly):
                 stop = min(start + part_width, width)
                 at = states + task * (8 * STATE)
                 row_at = states + number * parts * (8 * STATE)
+                if known != 0:
+                    constants = (
+                        peek_f64(known + 24 * row),
+                        peek_f64(known + 24 * row + 8),
+                        peek_f64(known + 24 * row + 16),
+                    )
+                    value = math.nan
+                    if constants[2] == constants[2]:
+                        value = second(term, x, y, start, stop, a, constants)
+                    if parts > 1:
+                        poke_f64(at + 40, value)
+                        if fetch_add(done + 8 * number, 1) + 1 < parts:
+                            continue
+                        value = 0.0
+                        for i in range(parts):
+                            value += peek_f64(row_at + i * (8 * STATE) + 40)
+                    if not signed and value < UNDERFLOW and differ(x, y, width):
+                        value = math.nan
+                    poke_f64(out + 8 * row, value)
+                    if not signed and not value < math.inf:
+                        poke_i64(redo + 8 * (fetch_add(redo, 1) + 1), row)
+                    continue
                 state = (0.0, 0.0, 0.0, 0.0, 0.0)
                 if phase != SECOND:
                     state = first(x, y, start, stop, a)

@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from ._machine import info
     from ._pairwise import pairwise
     from ._sources import LogitSource, SourceError, open_logits
+    from ._states import RowState
 
 __version__ = "0.1.0"
 
@@ -60,6 +61,7 @@ _LAZY = {
     "Evaluation": "_evaluation",
     "LinearLogits": "_linear",
     "LogitSource": "_sources",
+    "RowState": "_states",
     "SourceError": "_sources",
     "Timing": "_bench",
     "ValueAndGradient": "_gradients",
@@ -80,6 +82,7 @@ __all__ = [
     "Explanation",
     "LinearLogits",
     "LogitSource",
+    "RowState",
     "SourceError",
     "Timing",
     "ValueAndGradient",

@@ -1,9 +1,12 @@
 """The public functions: what they mean, and the way from their arguments to a backend."""
 
+import functools
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar, Unpack
+from importlib import import_module
+from typing import Any, TypeVar, Unpack, cast
 
 import numpy as np
 
@@ -103,7 +106,7 @@ def documented(
     """Complete the docstring and signature of a function that takes the keywords of `options`.
 
     The formula and its source come from the operation table, and what the keywords mean is
-    written once.
+    written once. Dask arrays are taken from here to `_dask`.
     """
 
     def complete(function: Function) -> Function:
@@ -131,8 +134,21 @@ def documented(
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=DEFAULTS[name])
             for name in _keywords(options)
         ]
-        vars(function)["__signature__"] = signature.replace(parameters=parameters)
-        return function
+
+        @functools.wraps(function)
+        def checked(*arguments: Any, **keywords: Any) -> Any:
+            dask = sys.modules.get("dask.array")  # a library counts only once it is imported
+            if dask is not None and any(
+                isinstance(each, dask.Array) for each in (*arguments, *keywords.values())
+            ):
+                lazily = import_module("._dask", __package__).call
+                result = lazily(checked, names.split(", "), operation, arguments, keywords)
+                if result is not None:
+                    return result
+            return function(*arguments, **keywords)
+
+        vars(checked)["__signature__"] = signature.replace(parameters=parameters)
+        return cast(Function, checked)
 
     return complete
 

@@ -141,6 +141,13 @@ class Batch:
         """Whether there is no row to read."""
         return self.p.count == 0 or (self.rows is not None and len(self.rows) == 0)
 
+    def integers(self, argument: str, x: Any) -> NDArray[np.int64]:
+        """An argument with one whole number a row."""
+        given = _a_row(argument, x, self.shape, self.place)
+        if given.dtype.kind not in "iu":
+            raise TypeError(f"{argument} has dtype {given.dtype}; accepted: integers")
+        return given.astype(np.int64).ravel()
+
     def empty_values(self) -> NDArray[np.float64]:
         """Room for one value a row, which holds NaN where rows are not kept."""
         return np.empty(self.p.count) if self.rows is None else np.full(self.p.count, np.nan)

@@ -70,29 +70,36 @@ class Checkpoint:
 
     def parts(self) -> Iterator[Part]:
         """What is done, in order."""
-        found = {}
-        for path in self.folder.glob("rows-*.npz"):
-            if match := re.fullmatch(r"rows-(\d+)-(\d+)\.npz", path.name):
-                found[int(match[1])] = (int(match[2]), path)
+        found = {start: (stop, path) for start, stop, path in self._listed()}
         while self.rows in found:
             stop, path = found[self.rows]
-            try:
-                with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-                    part = {name: archive[name] for name in archive.files}
-            except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-                reason = " ".join(str(error).split()) or type(error).__name__
-                raise SourceError(
-                    f"{path}: is damaged ({reason}); delete it to compute its rows again"
-                ) from error
-            yield part
+            yield _loaded(path)
             self.rows = stop
+
+    def scattered(self) -> Iterator[tuple[int, int, Part]]:
+        """What is done with its first row and the row after the last, gaps or not."""
+        stop = 0
+        for start, end, path in sorted(self._listed()):
+            if start >= stop:
+                yield start, end, _loaded(path)
+                stop = end
+
+    def put(self, start: int, stop: int, part: Part) -> None:
+        """Keep the columns of any rows."""
+        path = self.folder / f"rows-{start:012d}-{stop:012d}.npz"
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, **part)  # type: ignore[arg-type]
 
     def add(self, stop: int, part: Part) -> None:
         """Keep the columns of the rows from those that are done to ``stop``."""
-        path = self.folder / f"rows-{self.rows:012d}-{stop:012d}.npz"
-        with replacing(path) as temporary, temporary.open("wb") as file:
-            np.savez(file, **part)  # type: ignore[arg-type]
+        self.put(self.rows, stop, part)
         self.rows = stop
+
+    def _listed(self) -> Iterator[tuple[int, int, Path]]:
+        """First row, row after the last, and file of every part."""
+        for path in self.folder.glob("rows-*.npz"):
+            if match := re.fullmatch(r"rows-(\d+)-(\d+)\.npz", path.name):
+                yield int(match[1]), int(match[2]), path
 
     def _check(self, job: dict[str, Any]) -> None:
         path = self.folder / _JOB
@@ -108,6 +115,17 @@ class Checkpoint:
                 raise SourceError(
                     f"{self.folder}: belongs to another job: {_change(name, was, now)}"
                 )
+
+
+def _loaded(path: Path) -> Part:
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise SourceError(
+            f"{path}: is damaged ({reason}); delete it to compute its rows again"
+        ) from error
 
 
 def identity(source: LogitSource) -> dict[str, Any]:

@@ -82,6 +82,38 @@ class Backend(Protocol):
     ) -> None:
         """Write values into `out`, and their gradients times `scale` into logits' like memory."""
 
+    def shard(
+        self,
+        metrics: Sequence[tuple[str, tuple[float, ...]]],
+        p: Rows,
+        q: Rows | None,
+        rows: NDArray[np.int64] | None,
+        tokens: NDArray[np.int64] | None,
+        first_order: bool = False,
+    ) -> tuple[list[NDArray[np.float64]], NDArray[np.float64] | None, list[NDArray[np.float64]]]:
+        """Return what is known of rows that are parts of wider ones.
+
+        Of each batch the largest entry m as it is given, L = log sum exp((x - m)/T) and the index
+        of m, as three columns: NaN where a row is no part of a distribution, -inf, 0 and -1 where
+        all of it is -inf. Of two batches Lx - Ly, as exact as the rows are close, and where
+        `first_order` also good enough for results that it enters as it is. Values of the metrics
+        within the parts, and of "log_power:A", the Rényi divergence whose multiples have exact
+        exponentials.
+        """
+
+    def partial_sums(
+        self,
+        metrics: Sequence[tuple[str, tuple[float, ...]]],
+        p: Rows,
+        q: Rows,
+        rows: NDArray[np.int64] | None,
+        normalizers: NDArray[np.float64],
+    ) -> list[NDArray[np.float64]]:
+        """Return these rows' shares of "tv" or "js" of the whole rows whose parts they are.
+
+        `normalizers` has m and L of the whole rows of p, of q, and Lx - Ly, as columns.
+        """
+
     def explain(self, name: str, p: Rows, q: Rows | None) -> dict[str, object]:
         """Return what `run` would do: kernel, passes, threads."""
 

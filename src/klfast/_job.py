@@ -81,6 +81,7 @@ class Job:
         self.rows = math.prod(lead)
         self.where = where
         self.targets_from = None
+        targets_given = targets
         if targets is None:
             targets = known[0].targets if known else None
             self.targets_from = known[0].name if known else None
@@ -98,6 +99,11 @@ class Job:
         elif chunk_rows < 1:
             raise ValueError(f"chunk_rows is {chunk_rows}; accepted: a whole number from 1")
         self.chunk_rows = chunk_rows
+        #: What another process makes the same job of, if it is given by paths.
+        self.given: tuple[Any, Sequence[Any], dict[str, Any], dict[str, Any]] = (
+            base, tests, {"targets": targets_given, "sequences": sequences},
+            {**self.settings, "key": key, "chunk_rows": chunk_rows},
+        )  # fmt: skip
         self.names = measures(metrics, self.targets is not None)
         self.evaluations = [self._started(number) for number in range(len(self.tests))]
         self.done = 0
@@ -129,8 +135,14 @@ class Job:
         checkpoint: str | os.PathLike[str] | None = None,
         resume: bool = False,
         checkpoint_seconds: float = 10.0,
+        dask: str | None = None,
     ) -> list[Evaluation]:
         """Do it, and return one evaluation a candidate."""
+        if dask is not None:
+            from ._cluster import run_on
+
+            run_on(dask, self, progress, checkpoint, resume)
+            return self.evaluations
         saved = self._resume(Path(checkpoint), resume) if checkpoint is not None else None
         if progress is not None and self.done:
             progress(self.done, self.rows)
@@ -203,11 +215,41 @@ class Job:
         evaluation.stored_noise = self.pairs[number].noise_floor
         return evaluation
 
-    def _resume(self, folder: Path, resume: bool) -> Checkpoint:
-        """Open the checkpoint, and take over what it holds."""
+    def measured(self, start: int) -> dict[str, NDArray[Any]]:
+        """The columns of the chunk that begins with this row, as a checkpoint keeps them."""
+        began = time.perf_counter()
+        part: dict[str, NDArray[Any]] = {}
+        for number, rows in enumerate(self._read(start)):
+            evaluation = self._started(number)
+            evaluation.add(rows)
+            columns, noise = evaluation.stored()
+            part |= {f"{number}/{name}": column for name, column in columns.items()}
+            part[f"{number}/noise"] = np.array(noise)
+            began, before = time.perf_counter(), began
+            part[f"{number}/seconds"] = np.array(began - before)
+        return part
+
+    def take(self, part: Mapping[str, NDArray[Any]]) -> None:
+        """Take over the columns of rows that follow those that are there."""
+        known = {
+            "targets": "absent" if self.targets is None else "given",
+            "sequences": "absent" if self.sequences is None else "given",
+        }
+        for number, evaluation in enumerate(self.evaluations):
+            own = {
+                name.partition("/")[2]: column
+                for name, column in part.items()
+                if name.partition("/")[0] == str(number)
+            }
+            evaluation.seconds += float(own.pop("seconds"))
+            noise = own.pop("noise").tolist()
+            evaluation.keep(known, own, noise)
+
+    def identity(self) -> dict[str, Any]:
+        """What makes this job the one it is."""
         from . import __version__
 
-        job = {
+        return {
             "klfast": __version__,
             "base": identity(self.base),
             "test": [identity(test) for test in self.tests],
@@ -217,21 +259,12 @@ class Job:
             "metrics": list(self.names),
             "chunk_rows": self.chunk_rows,
         }  # fmt: skip
-        saved = Checkpoint(folder, job, resume)
-        known = {
-            "targets": "absent" if self.targets is None else "given",
-            "sequences": "absent" if self.sequences is None else "given",
-        }
+
+    def _resume(self, folder: Path, resume: bool) -> Checkpoint:
+        """Open the checkpoint, and take over what it holds."""
+        saved = Checkpoint(folder, self.identity(), resume)
         for part in saved.parts():
-            for number, evaluation in enumerate(self.evaluations):
-                own = {
-                    name.partition("/")[2]: column
-                    for name, column in part.items()
-                    if name.partition("/")[0] == str(number)
-                }
-                evaluation.seconds += float(own.pop("seconds"))
-                noise = own.pop("noise").tolist()
-                evaluation.keep(known, own, noise)
+            self.take(part)
         self.done = saved.rows
         self._saved_seconds = [each.seconds for each in self.evaluations]
         return saved
@@ -271,6 +304,7 @@ class RunOptions(TypedDict, total=False):
     checkpoint: str | os.PathLike[str] | None
     resume: bool
     checkpoint_seconds: float
+    dask: str | None
 
 
 class EvaluateOptions(JobOptions, RunOptions, total=False):
@@ -325,6 +359,11 @@ def evaluate(
         Whether to go on with what the folder holds; the result is the same to the bit. Refused if
         files (name, size, time of change, shape, dtype) or settings are not the same; arrays in
         memory are known by name, shape and dtype only.
+    dask
+        Address of a Dask scheduler whose workers share the work, or "local" for a cluster on this
+        machine; its dashboard's address is printed to stderr. All inputs must be paths, which
+        workers see under the same names. Rows whose files cannot be read are left out, and named
+        when everything else is done. Results are the same bits as without.
 
     Returns
     -------

@@ -370,14 +370,17 @@ DEFAULT_METRICS = ("kl", "reverse_kl", "tv", "same_top")
 TARGET_METRICS = ("nll_p", "nll_q", "delta_prob")
 
 
-def parse_metric(text: str) -> tuple[Operation, tuple[float, ...]]:
-    """Split "renyi:2" into its operation and parameters; ValueError gives the nearest name."""
+def parse_metric(text: str, single: bool = False) -> tuple[Operation, tuple[float, ...]]:
+    """Split "renyi:2" into its operation and parameters; ValueError gives the nearest name.
+
+    `single` accepts the functions of one batch too.
+    """
     if not isinstance(text, str):
         raise TypeError(f"a metric is {text!r}, of type {type(text).__name__}; accepted: a string")
     name, *given = text.split(":")
     operation = OPERATIONS.get(name)
-    if operation is None or not operation.metric:
-        names = [each.name for each in OPERATIONS.values() if each.metric]
+    if operation is None or not (operation.metric or single):
+        names = [each.name for each in OPERATIONS.values() if each.metric or single]
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise ValueError(f"metric {name!r} is unknown{hint}; accepted: {', '.join(names)}")

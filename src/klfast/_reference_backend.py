@@ -18,8 +18,10 @@ __all__ = [
     "gradient",
     "info",
     "log_softmax",
+    "partial_sums",
     "run",
     "set_num_threads",
+    "shard",
     "warmup",
 ]
 
@@ -112,6 +114,51 @@ def gradient(
             scaled = np.where(factor == 0.0, 0.0, gradient * factor)
             for number, row in zip(numbers, encode(scaled, into.dtype), strict=True):
                 _row(into, int(number), writable=True)[...] = row
+
+
+def shard(
+    metrics: Sequence[tuple[str, tuple[float, ...]]],
+    p: Rows,
+    q: Rows | None,
+    rows: Numbers | None,
+    tokens: Numbers | None,
+    first_order: bool = False,
+) -> tuple[list[NDArray[np.float64]], NDArray[np.float64] | None, list[NDArray[np.float64]]]:
+    """Return largest entry, log-sum and index of each batch, their log-ratio, and values."""
+    batches = [p] if q is None else [p, q]
+    sides = [np.full((p.count, 3), np.nan) for _ in batches]
+    ratio = None if q is None else np.full(p.count, np.nan)
+    for numbers in _blocks(p, rows):
+        loaded = [_load(batch, numbers) for batch in batches]
+        for batch, side, x in zip(batches, sides, loaded, strict=True):
+            side[numbers] = reference.masses(x, temperature=batch.temperature, input=batch.input)
+        if ratio is not None:
+            temperature = (batches[0].temperature, batches[1].temperature)
+            ratio[numbers] = reference.log_ratio(*loaded, temperature=temperature, input=p.input)
+    values = [np.full(p.count, np.nan) for _ in metrics]
+    for (name, parameters), out in zip(metrics, values, strict=True):
+        function = "renyi" if name == "log_power" else name
+        run(function, p, q, parameters, rows, out, tokens)
+    return sides, ratio, values
+
+
+def partial_sums(
+    metrics: Sequence[tuple[str, tuple[float, ...]]],
+    p: Rows,
+    q: Rows,
+    rows: Numbers | None,
+    normalizers: NDArray[np.float64],
+) -> list[NDArray[np.float64]]:
+    """Return the shares of these rows in the sums of whole rows that have these normalizers."""
+    results = [np.full(p.count, np.nan) for _ in metrics]
+    temperature = (p.temperature, q.temperature)
+    for numbers in _blocks(p, rows):
+        x, y, whole = _load(p, numbers), _load(q, numbers), normalizers[numbers]
+        for (name, parameters), out in zip(metrics, results, strict=True):
+            out[numbers] = reference.partial_sum(
+                name, x, y, whole, *parameters, temperature=temperature, input=p.input
+            )
+    return results
 
 
 def explain(name: str, p: Rows, q: Rows | None) -> dict[str, object]:

@@ -112,7 +112,7 @@ def _compare(options: argparse.Namespace) -> int:
     try:
         with _progress("rows", job.row_bytes) as progress:
             evaluations = job.run(
-                progress, options.checkpoint, options.resume, options.checkpoint_every
+                progress, options.checkpoint, options.resume, options.checkpoint_every, options.dask
             )
     except KeyboardInterrupt:
         if options.checkpoint is None:
@@ -160,6 +160,8 @@ def _check_compare(options: argparse.Namespace) -> None:
     parser: argparse.ArgumentParser = options.parser
     if options.columns and options.json is None:
         parser.error("--columns needs --json")
+    if options.dask is not None and (options.head or options.hidden or options.llama_compat):
+        parser.error("--dask does not go with --hidden, --head, --llama-compat")
     if options.resume and options.checkpoint is None:
         parser.error("--resume needs --checkpoint")
     inputs = (options.base, *options.tests, options.targets, options.sequences,
@@ -548,6 +550,10 @@ def _parser() -> argparse.ArgumentParser:
     running.add_argument(
         "--checkpoint-every", metavar="SECONDS", type=_seconds, default=10.0,
         help="how often to keep what is done (default: 10)",
+    )  # fmt: skip
+    running.add_argument(
+        "--dask", metavar="ADDRESS",
+        help='share the work among the workers of a Dask scheduler, or of a "local" cluster',
     )  # fmt: skip
     running.add_argument(
         "--chunk-rows", metavar="N", type=_count, help="rows read at a time (default: 64 MiB)"

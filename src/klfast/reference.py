@@ -163,6 +163,7 @@ class _Pair:
     log_q: Array
     d: Array  # +inf where only q = 0, -inf where only p = 0, 0 outside both supports
     valid: NDArray[np.bool_]
+    log_ratio: Array | float = 0.0  # (..., 1), of the sums of exp(shifted)
 
     @property
     def p(self) -> Array:
@@ -179,7 +180,7 @@ class _Pair:
 
     @property
     def swapped(self) -> _Pair:
-        return _Pair(self.log_q, self.log_p, -self.d, self.valid)
+        return _Pair(self.log_q, self.log_p, -self.d, self.valid, -self.log_ratio)
 
     def total(self, terms: Array, upper: float = math.inf) -> Array:
         return self.result(np.sum(terms, axis=-1), upper)
@@ -267,7 +268,8 @@ def _pair(p: ArrayLike, q: ArrayLike, **options: Unpack[PairOptions]) -> _Pair:
     # sum (p - q), taken from d itself; once more, because the first correction may cancel nearly
     # all of d. Every step only changes its sign when P and Q change places, which makes the
     # symmetric divergences symmetric to the bit.
-    d = difference - (first.log_sum - second.log_sum)
+    log_ratio = first.log_sum - second.log_sum
+    d = difference - log_ratio
     in_p, in_q = log_p > -np.inf, log_q > -np.inf
     one_sided = np.where(in_p, np.inf, np.where(in_q, -np.inf, 0.0))
     d = np.where(in_p & in_q, np.clip(d, -_LARGEST, _LARGEST), one_sided)
@@ -275,7 +277,8 @@ def _pair(p: ArrayLike, q: ArrayLike, **options: Unpack[PairOptions]) -> _Pair:
     for _ in range(2):
         missed = np.sum(-np.sign(d) * larger * np.expm1(-np.abs(d)), axis=-1, keepdims=True)
         d = np.where(in_p & in_q, d - missed, d)
-    return _Pair(log_p, log_q, d, first.valid & second.valid)
+        log_ratio = log_ratio + missed
+    return _Pair(log_p, log_q, d, first.valid & second.valid, log_ratio)
 
 
 def _log_ratio_of_weights(w: Array, v: Array) -> Array:
@@ -286,9 +289,14 @@ def _log_ratio_of_weights(w: Array, v: Array) -> Array:
     """
     w, v = _scaled(w), _scaled(v)
     w_max, v_max = np.max(w, axis=-1, keepdims=True), np.max(v, axis=-1, keepdims=True)
-    left, right = w * v_max, v * w_max
+    return _log_ratio_of_products(w, v_max, v, w_max)
+
+
+def _log_ratio_of_products(a: Array, b: Array, c: Array, d: Array) -> Array:
+    """log(a b / (c d)) where it is small, NaN elsewhere."""
+    left, right = a * b, c * d
     smaller = np.minimum(left, right)
-    difference = (left - right) + (_product_error(w, v_max) - _product_error(v, w_max))
+    difference = (left - right) + (_product_error(a, b) - _product_error(c, d))
     ratio = np.abs(difference) / (left + right)
     log_ratio = np.copysign(2.0 * np.arctanh(ratio), difference)
     return np.where((np.abs(difference) < 0.5 * smaller) & (smaller > 1e-280), log_ratio, np.nan)
@@ -329,7 +337,10 @@ def js_divergence(
     p: ArrayLike, q: ArrayLike, weight: float = 0.5, **options: Unpack[PairOptions]
 ) -> Array:
     """w KL(P, M) + (1-w) KL(Q, M) with M = w P + (1-w) Q and w = weight in [0, 1]. Lin (1991)."""
-    pair = _pair(p, q, **options)
+    return _js(_pair(p, q, **options), weight)
+
+
+def _js(pair: _Pair, weight: float) -> Array:
     w, other = float(weight), 1.0 - float(weight)
     if w == 0.0 or other == 0.0:
         return pair.total(np.zeros_like(pair.d))
@@ -444,7 +455,10 @@ def _infinite_unless_equal(pair: _Pair) -> Array:
 @_silent
 def total_variation(p: ArrayLike, q: ArrayLike, **options: Unpack[PairOptions]) -> Array:
     """sum |p - q| / 2, as sum max(p, q) (1 - exp(-|d|)) / 2."""
-    pair = _pair(p, q, **options)
+    return _total_variation(_pair(p, q, **options))
+
+
+def _total_variation(pair: _Pair) -> Array:
     return pair.total(-0.5 * pair.larger * np.expm1(-np.abs(pair.d)), upper=1.0)
 
 
@@ -583,6 +597,80 @@ def _among_largest(values: Array, k: int) -> NDArray[np.bool_]:
     among = np.zeros(values.shape, dtype=np.bool_)
     np.put_along_axis(among, order[..., :k], True, axis=-1)
     return among
+
+
+# Shards of rows
+
+
+@_silent
+def masses(x: ArrayLike, **options: Unpack[RowOptions]) -> Array:
+    """Largest entry m, log(sum exp((x - m) / T)) and the index of m, as a last axis.
+
+    -inf, 0 and -1 where all of a row is -inf; NaN where it is no part of a distribution.
+    """
+    rows = _rows(x, **options)
+    largest = np.max(rows.given, axis=-1)
+    empty = largest == (0.0 if options.get("input") == "probs" else -np.inf)
+    if options.get("input") == "probs":
+        empty &= np.min(rows.given, axis=-1) == 0.0
+    found = [largest, rows.log_sum[..., 0], np.argmax(rows.given, axis=-1)]
+    if_empty = (-np.inf, 0.0, -1.0)
+    columns = [
+        np.where(rows.valid, value, np.where(empty, other, np.nan))
+        for value, other in zip(found, if_empty, strict=True)
+    ]
+    return np.stack(columns, axis=-1)
+
+
+@_silent
+def log_ratio(p: ArrayLike, q: ArrayLike, **options: Unpack[PairOptions]) -> Array:
+    """The second column of ``masses`` of p less that of q, exact also where they are close."""
+    ratio = _pair(p, q, **options).log_ratio
+    return np.asarray(ratio)[..., 0]
+
+
+@_silent
+def partial_sum(
+    name: str,
+    p: ArrayLike,
+    q: ArrayLike,
+    normalizers: Array,
+    *parameters: float,
+    **options: Unpack[PairOptions],
+) -> Array:
+    """The share of these entries in the sum of "tv" or "js" over the whole rows.
+
+    ``normalizers`` has of the whole rows, as a last axis: the first two columns of their
+    ``masses``, of p and then of q, and their ``log_ratio``.
+    """
+    temperature_p, temperature_q = np.broadcast_to(options.get("temperature", 1.0), 2).tolist()
+    x, y = np.asarray(p, np.float64), np.asarray(q, np.float64)
+    m_p, sum_p, m_q, sum_q, ratio = np.moveaxis(normalizers, -1, 0)[..., None]
+    probabilities = options.get("input") == "probs"
+    log_p = _relative(x, m_p, temperature_p, probabilities) - sum_p
+    log_q = _relative(y, m_q, temperature_q, probabilities) - sum_q
+    if temperature_p != temperature_q:
+        difference = (log_p + sum_p) - (log_q + sum_q)
+    elif probabilities:
+        difference = _log_ratio_of_products(x, m_q, y, m_p) / temperature_p
+    else:
+        difference = (x - m_p) - (y - m_q)
+        difference += _difference_error(x, m_p) - _difference_error(y, m_q)
+        difference /= temperature_p
+    difference = np.where(np.isfinite(difference), difference, (log_p + sum_p) - (log_q + sum_q))
+    in_p, in_q = log_p > -np.inf, log_q > -np.inf
+    one_sided = np.where(in_p, np.inf, np.where(in_q, -np.inf, 0.0))
+    d = np.where(in_p & in_q, np.clip(difference - ratio, -_LARGEST, _LARGEST), one_sided)
+    valid = np.logical_and.reduce(np.isfinite(normalizers), axis=-1)
+    pair = _Pair(log_p, log_q, d, valid)
+    return _js(pair, *parameters) if name == "js" else _total_variation(pair)
+
+
+def _relative(x: Array, m: Array, temperature: float, probabilities: bool) -> Array:
+    """(x - m) / T, or log(x / m) / T; a finite logit stays one, however far below m it is."""
+    if probabilities:
+        return _log_share(x, m) / temperature
+    return np.where(x == -np.inf, x, np.maximum((x - m) / temperature, -_LARGEST))
 
 
 # Gradients with respect to the logits

@@ -1,0 +1,149 @@
+"""An evaluation job on a Dask cluster: ranges of rows, read and measured wherever a worker is free.
+
+A task is a range of rows and depends on nothing but files, so that it may run twice: what a lost
+worker was at is done again by another one. The ranges are those of the job on one machine, and
+the columns that come back are joined in their order, so that the result is the same to the bit.
+Every worker needs the files under the same names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from functools import lru_cache
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ._checkpoint import Checkpoint, Part, identity
+from ._sources import SourceError
+
+if TYPE_CHECKING:
+    from ._job import Job, Progress
+
+__all__ = ["run_on"]
+
+
+def run_on(
+    address: str,
+    job: Job,
+    progress: Progress | None,
+    checkpoint: str | os.PathLike[str] | None,
+    resume: bool,
+) -> None:
+    """Do a job on the cluster whose scheduler has this address, or on a new "local" one.
+
+    Ranges whose files cannot be read are left out, and named in the SourceError that is raised when
+    everything else is done, and kept if there is a checkpoint.
+    """
+    saved, parts = None, {}
+    if checkpoint is not None:
+        saved = Checkpoint(Path(checkpoint), job.identity(), resume)
+        parts = {start: (stop, part) for start, stop, part in saved.scattered()}
+    covered = {
+        row for start, (stop, _) in parts.items() for row in range(start, stop, job.chunk_rows)
+    }
+    starts = [start for start in range(0, job.rows, job.chunk_rows) if start not in covered]
+    job.done = sum(stop - start for start, (stop, _) in parts.items())
+    failed: list[tuple[int, str]] = []
+    with _client(address) as client:
+        print_dashboard(client)
+        futures = client.map(_measured, starts, arguments=_portable(job), pure=False)
+        at = dict(zip(futures, starts, strict=True))
+        for future in import_module("distributed").as_completed(futures):
+            start = at.pop(future)
+            if future.status != "finished":
+                failed.append((start, _reason(future.exception())))
+                continue
+            stop, part = min(start + job.chunk_rows, job.rows), future.result()
+            future.release()
+            if saved is not None:
+                saved.put(start, stop, part)
+            parts[start] = stop, part
+            job.done += stop - start
+            if progress is not None:
+                progress(job.done, job.rows)
+    if failed:
+        start, reason = min(failed)
+        kept = "" if saved is None else f"; what is done is kept in {saved.folder}"
+        raise SourceError(
+            f"{len(failed)} of {len(starts)} ranges of rows failed, the first at row {start}: "
+            f"{reason}{kept}"
+        )
+    for start in sorted(parts):
+        job.take(parts[start][1])
+
+
+def print_dashboard(client: Any) -> None:
+    """Say where to look on."""
+    import sys
+
+    print(f"klfast: dashboard at {client.dashboard_link}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _client(address: str) -> Iterator[Any]:
+    try:
+        distributed = import_module("distributed")
+    except ImportError:
+        raise SourceError('--dask needs the extra "dask": pip install "klfast[dask]"') from None
+    if address == "local":
+        from .kernels.cpu.threads import available_cores
+
+        with (
+            distributed.LocalCluster(
+                n_workers=available_cores(), threads_per_worker=1, dashboard_address=":0"
+            ) as cluster,
+            distributed.Client(cluster) as client,
+        ):
+            yield client
+        return
+    try:
+        client = distributed.Client(address, timeout="20s")
+    except (OSError, TimeoutError, ValueError) as error:
+        raise SourceError(f"--dask {address}: cannot be reached ({_reason(error)})") from None
+    with client:
+        yield client
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _portable(job: Job) -> str:
+    """What a worker makes the same job of, in JSON: names of files, and which files they are."""
+    base, tests, columns, options = job.given
+    named = {}
+    for what, each in (("base", base), *((f"test {i + 1}", x) for i, x in enumerate(tests)),
+                       *columns.items()):  # fmt: skip
+        if each is not None and not isinstance(each, (str, os.PathLike)):
+            raise SourceError(f"{what} is of type {type(each).__name__}; a cluster needs paths")
+        named[what] = None if each is None else str(Path(each).absolute())
+    files = [identity(source)["files"] for source in (job.base, *job.tests)]
+    return json.dumps(
+        {"named": named, "tests": len(tests), "options": options, "files": files}, sort_keys=True
+    )
+
+
+@lru_cache(maxsize=1)
+def _opened(arguments: str) -> Job:
+    """The job, kept open for a worker's next task; the key holds sizes and times of the files."""
+    from ._job import Job
+
+    given = json.loads(arguments)
+    named, options = given["named"], given["options"]
+    tests = [named[f"test {number + 1}"] for number in range(given["tests"])]
+    temperature = options["temperature"]
+    options["temperature"] = tuple(temperature) if isinstance(temperature, list) else temperature
+    return Job(named["base"], tests, named["targets"], sequences=named["sequences"], **options)
+
+
+def _measured(start: int, arguments: str) -> Part:
+    """The columns of one range of rows."""
+    import klfast
+
+    worker = import_module("distributed").get_worker()
+    klfast.set_num_threads(worker.state.nthreads)
+    return _opened(arguments).measured(start)

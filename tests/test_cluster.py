@@ -1,0 +1,124 @@
+"""Evaluation jobs on a Dask cluster: the same bits, whatever happens to workers and files."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import klfast
+
+pytest.importorskip("distributed")
+
+RANDOM = np.random.default_rng(8)
+BASE = 3 * RANDOM.standard_normal((60, 300)).astype(np.float32)
+TEST = BASE + 0.3 * RANDOM.standard_normal(BASE.shape).astype(np.float32)
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Base and test, 16 bits and compressed shards, and targets."""
+    monkeypatch.chdir(tmp_path)
+    np.save("base.npy", BASE.astype(np.float16))
+    for number in range(3):
+        np.savez_compressed(f"test-{number}.npz", logits=TEST[20 * number : 20 * number + 20])
+    np.save("targets.npy", RANDOM.integers(0, 300, 60))
+    return tmp_path
+
+
+def run(program: str) -> None:
+    """In a process of its own, which starts others."""
+    Path("program.py").write_text(program)
+    done = subprocess.run(
+        [sys.executable, "program.py"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("files")
+def test_a_worker_that_is_killed_and_a_shard_that_is_damaged() -> None:
+    run(
+        """
+import os, signal
+import numpy as np
+import klfast
+from distributed import Client, LocalCluster
+from pathlib import Path
+
+def job(**options):
+    return klfast.evaluate("base.npy", "test-*.npz", "targets.npy", chunk_rows=4, **options)
+
+if __name__ == "__main__":
+    alone = job()
+    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster:
+        address = cluster.scheduler_address
+        with Client(address) as client:
+            pids = list(client.run(os.getpid).values())
+        seen = []
+
+        def progress(done, total):
+            if not seen:
+                os.kill(pids[0], signal.SIGKILL)
+            seen.append((done, total))
+
+        together = job(dask=address, progress=progress)
+        assert together == alone, "other bits"
+        assert together.summary() == alone.summary()
+        assert seen[-1] == (60, 60)
+
+        whole = Path("test-1.npz").read_bytes()
+        middle = len(whole) // 2
+        Path("test-1.npz").write_bytes(whole[:middle] + bytes(64) + whole[middle + 64:])
+        try:
+            job(dask=address, checkpoint="kept")
+        except klfast.SourceError as error:
+            assert "test-1.npz" in str(error) and "ranges of rows failed" in str(error), error
+        else:
+            raise AssertionError("no error")
+        kept = sorted(path.name for path in Path("kept").glob("rows-*"))
+        assert 10 <= len(kept) < 15, kept
+        os.utime("test-1.npz")
+"""
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("files")
+def test_what_is_done_is_not_done_again(capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = [
+        sys.executable, "-m", "klfast", "compare", "base.npy", "test-*.npz", "--chunk-rows", "4",
+        "--targets", "targets.npy", "--checkpoint", "kept", "--dask", "local", "--resume",
+        "--json",
+    ]  # fmt: skip
+    first = subprocess.run([*arguments, "one.json"], capture_output=True, text=True, timeout=120)
+    assert first.returncode == 0, first.stderr
+    assert "dashboard at http" in first.stderr
+    kept = {path: path.stat().st_mtime_ns for path in Path("kept").glob("rows-*")}
+    lost = sorted(kept)[3]
+    lost.unlink()
+    again = subprocess.run([*arguments, "two.json"], capture_output=True, text=True, timeout=120)
+    assert again.returncode == 0, again.stderr
+    now = {path: path.stat().st_mtime_ns for path in Path("kept").glob("rows-*")}
+    assert [path for path in now if now[path] != kept[path]] == [lost]
+    alone = klfast.evaluate("base.npy", "test-*.npz", "targets.npy", chunk_rows=4)
+    assert first.stdout.splitlines()[4:] == again.stdout.splitlines()[4:]
+    assert f"{alone.summary().value('kl.mean'):.4g}" in first.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("files")
+def test_a_scheduler_that_is_not_there() -> None:
+    with pytest.raises(klfast.SourceError, match="cannot be reached"):
+        klfast.evaluate("base.npy", "test-*.npz", dask="tcp://127.0.0.1:9")
+
+
+def test_arrays_in_memory_cannot_be_sent() -> None:
+    from klfast._cluster import _portable
+    from klfast._job import Job
+
+    with pytest.raises(klfast.SourceError, match="base is of type ndarray; a cluster needs paths"):
+        _portable(Job(BASE, [TEST]))
