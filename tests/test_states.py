@@ -176,9 +176,10 @@ def test_any_cut_and_any_order(
     found = Cases(("p masked", "one", "two"), p, q)
     for name, (operation, parameters) in zip(NAMES, OPERATIONS, strict=True):
         truth = expected(operation, parameters, p, q, tokens)
-        # Up to 63 merges one after the other, each with its rounding.
+        # Twice the error that a value may have, as parts and masses both have theirs; in float64
+        # up to 63 merges one after the other, each with its rounding.
         with np.errstate(all="ignore"):
-            near = np.abs(got[name] / truth - 1.0) < 5e-13
+            near = np.abs(got[name] / truth - 1.0) < (4e-6 if dtype == "float32" else 5e-13)
         value = np.where(near, truth, got[name])
         assert_right(operation, found, value, truth, tokens=tokens)
 

@@ -53,9 +53,9 @@ class RowState:
         sums = whole.partial_sums(p_shard, q_shard)  # (rows, number of such metrics)
         values = whole.finish(sums + sums_of_the_other_shards)
 
-    Everything else takes one exchange. Results are as exact as those of whole rows: KL, Rényi and
-    entropies follow from those within the parts and of the parts' masses by the chain rule, where
-    nothing cancels. See docs/scale.md.
+    Everything else takes one exchange. KL, Rényi and entropies follow from those within the parts
+    and of the parts' masses by the chain rule, where nothing cancels: the relative error is at most
+    twice that of a value of whole rows, from however many parts. See docs/scale.md.
     """
 
     __slots__ = ("array", "metrics", "shape", "temperature", "weights")
