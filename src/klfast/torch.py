@@ -438,12 +438,14 @@ class _LinearLoss(torch.autograd.Function):
         needs = ctx.needs_input_grad[:3]
         step = max(1, block_bytes // (4 * vocabulary))
         gradients: list[Tensor | None] = [
-            torch.zeros(each.shape, dtype=torch.float32) if need and each is not None else None
+            torch.zeros(each.shape, dtype=torch.float32, device=each.device)
+            if need and each is not None
+            else None
             for each, need in zip((hidden, weight, bias), needs, strict=True)
         ]
         heads = [_wide(each) for each in (weight, teacher_weight)]
-        memory = [torch.empty(min(step, rows), vocabulary) for _ in range(2)]
-        total = torch.zeros((), dtype=torch.float64)
+        memory = [hidden.new_empty(min(step, rows), vocabulary, dtype=torch.float32) for _ in "pq"]
+        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         for start in range(0, rows, step):
             part = slice(start, min(start + step, rows))
             states = [_wide(each[part]) for each in (hidden, teacher_hidden)]
