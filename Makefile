@@ -10,7 +10,7 @@ DATA := examples/data
 TORCH := torch==2.13.0
 JAX := jax
 
-.PHONY: help demo test lint format docs bench clean
+.PHONY: help demo test lint format docs bench cuda-check clean
 
 help:
 	@echo "make demo    compare a small language model with its quantized versions"
@@ -19,6 +19,7 @@ help:
 	@echo "make format  let ruff format and repair what it can"
 	@echo "make docs    write docs/operations.md and docs/guide.md again"
 	@echo "make bench   measure against NumPy, SciPy, PyTorch and JAX (minutes; needs a quiet machine)"
+	@echo "make cuda-check  compile every CUDA kernel, and run them on the CPU (minutes; needs no GPU)"
 	@echo "make clean   remove .venv and all caches"
 
 demo: $(VENV)/.eval
@@ -53,6 +54,10 @@ docs: $(VENV)/.dev
 
 bench: $(VENV)/.peers
 	$(BIN)/python benchmarks/run.py $(ARGS)
+
+cuda-check: $(VENV)/.peers
+	$(BIN)/python tests/cuda/check.py --jobs $(JOBS)
+	$(BIN)/python -m pytest -n $(JOBS) tests/cuda $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache

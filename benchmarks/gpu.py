@@ -1,7 +1,7 @@
 """``python benchmarks/gpu.py``: klfast on a CUDA device beside PyTorch and fused Triton kernels.
 
 One command compiles the kernels, checks their results against the float64 reference, times them,
-prints a table and writes ``gpu.json`` and ``GPU.md`` where ``--out`` says (default: beside itself,
+prints a table, and writes ``gpu.json`` and ``GPU.md`` where ``--out`` says (default: beside itself,
 for a complete run). Times are medians of CUDA events over inputs several times the L2 cache, and
 shares are of the bandwidth of a device-to-device copy, bytes read plus bytes written, measured in
 the same run. Few rows are timed as replays of a CUDA graph, over inputs that take turns, and their
@@ -9,7 +9,8 @@ shares are of the time of one launch of an empty kernel plus that of the copy.
 
 Peers are whatever is installed of PyTorch (eager and compiled), Liger-Kernel (whose kernels begin
 at log-probabilities: the log-softmax before them is timed with them), speculators (its fused
-losses from logits) and quack-kernels (softmax: the mark for reading one row once).
+losses from logits) and quack-kernels (softmax: the mark for reading one row once). Values with
+gradients, of KL with respect to Q, are of the forward and the backward pass together.
 """
 
 from __future__ import annotations
@@ -41,9 +42,14 @@ ROWS = 8192
 FEW_ROWS = (1, 4, 16, 64)
 FEW_ROWS_VOCABULARY = 128256
 DTYPES = ("float32", "bfloat16", "float16")
+GRADIENT = "kl and gradient"
 MEASURES = (
     "kl", "cross_entropy", "entropy", "logsumexp", "renyi:2", "js", "tv", "hellinger2", COMPARE,
+    GRADIENT,
 )  # fmt: skip
+#: Largest relative error of klfast that passes.
+TOLERANCE = 1e-5
+DEVICE = "cuda"
 TORCH = tuple(peer for peer in PEERS if peer.package == "torch")
 
 Call = Callable[[], Any]
@@ -90,6 +96,13 @@ def main() -> None:
         write_json(out / "gpu.json", content)
         (out / "GPU.md").write_text(_markdown(about, timings), encoding="utf-8")
         print(f"\nwritten: gpu.json, GPU.md in {out}")
+    wrong = [
+        f"{t.measure} of {t.rows} x {t.vocab} {t.dtype}: {t.failure or f'off by {t.error}'}"
+        for t in timings
+        if t.contender == "klfast" and (t.failure or not (t.error or 0.0) <= TOLERANCE)
+    ]
+    if wrong:
+        sys.exit("\n".join(["klfast is wrong:", *wrong]))
 
 
 def _cases(options: argparse.Namespace) -> Iterator[tuple[int, int, str, str, tuple[str, ...]]]:
@@ -113,15 +126,15 @@ def _logits(rows: int, vocab: int, dtype: str, data: str) -> tuple[Any, Any]:
     """Two batches like those of a model and of its quantized version."""
     import torch
 
-    generator = torch.Generator("cuda").manual_seed(vocab + rows)
+    generator = torch.Generator(DEVICE).manual_seed(vocab + rows)
 
     def normal() -> Any:
-        return torch.randn(rows, vocab, device="cuda", generator=generator)
+        return torch.randn(rows, vocab, device=DEVICE, generator=generator)
 
     p = normal().mul_(2.5)
     if data == "peaked":
-        tops = torch.randint(vocab, (rows, 1), device="cuda", generator=generator)
-        height = 8 + 14 * torch.rand(rows, 1, device="cuda", generator=generator)
+        tops = torch.randint(vocab, (rows, 1), device=DEVICE, generator=generator)
+        height = 8 + 14 * torch.rand(rows, 1, device=DEVICE, generator=generator)
         p.scatter_(1, tops, height)
     q = normal().mul_(0.1).add_(p).add_(0.3)
     return p.to(getattr(torch, dtype)), q.to(getattr(torch, dtype))
@@ -144,8 +157,11 @@ def _measure(
     turns = min(256, max(2, (1 << 28) // size)) if few else 1
     sets = [_logits(rows, vocab, dtype, data) for _ in range(turns)]
     for measure in measures:
-        arity = 1 if measure != COMPARE and _operation(measure).arity == 1 else 2
-        bound = arity * size / copy + (launch if few else 0.0)
+        if few and measure == GRADIENT:  # no backward pass is captured
+            continue
+        arity = _operation(measure).arity
+        moved = arity + (measure == GRADIENT)  # arrays that are read or written once
+        bound = moved * size / copy + (launch if few else 0.0)
         for name, make in _contenders(measure, options).items():
             yield _timed(
                 Timing(rows, vocab, dtype, data, measure, name, None, None),
@@ -182,7 +198,8 @@ def _timed(
 
 
 def _operation(measure: str) -> Operation:
-    return OPERATIONS[measure.partition(":")[0]]
+    """That of the measure, or of one value that it has."""
+    return OPERATIONS["kl" if measure in (COMPARE, GRADIENT) else measure.partition(":")[0]]
 
 
 def _contenders(
@@ -208,20 +225,39 @@ def _contenders(
 def _own(measure: str) -> Callable[..., Any]:
     if measure == COMPARE:
         return lambda p, q: klfast.compare(p, q)
+    if measure == GRADIENT:
+        return lambda p, q: klfast.value_and_grad("kl", p, q).value
     function = getattr(klfast, _operation(measure).function)
     parameters = _parameters(measure)
     return lambda *rows: function(*rows, *parameters)
 
 
 def _parameters(measure: str) -> tuple[float, ...]:
+    """Of "renyi:2": (2.0,)."""
     return parse_metric(measure)[1] if ":" in measure else ()
 
 
 def _of_peer(peer: Any, measure: str) -> Callable[..., Any]:
-    function: Callable[..., Any] | None = peer.measure(measure)
+    function: Callable[..., Any] | None = peer.measure("kl" if measure == GRADIENT else measure)
     if function is None:
-        raise NotImplementedError(f"{peer.name} has no {measure}")
-    return function
+        raise LookupError(f"{peer.name} has no {measure}")
+    return _both_ways(function) if measure == GRADIENT else function
+
+
+def _both_ways(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Forward and backward."""
+
+    def run(p: Any, q: Any) -> Any:
+        student = q.detach().requires_grad_()
+        value = function(p, student)
+        value.sum().backward()
+        return value.detach()
+
+    return run
+
+
+def _with_gradient(make: Callable[[], Callable[..., Any]]) -> Callable[[], Callable[..., Any]]:
+    return lambda: _both_ways(make())
 
 
 def _liger(name: str, **settings: Any) -> Callable[[], Callable[..., Any]]:
@@ -254,21 +290,23 @@ def _quack() -> Callable[..., Any]:
 
 
 LIGER = {
-    "kl": _liger("LigerKLDIVLoss", reduction="none", log_target=True),
+    "kl": _liger("LigerKLDIVLoss", reduction="batchmean", log_target=True),
     "js": _liger("LigerJSD", beta=0.5),
 }
+LIGER[GRADIENT] = _with_gradient(LIGER["kl"])
 SPECULATORS = {
     "kl": _speculators("fused_kl_div_loss"),
     "js": _speculators("fused_js_div_loss"),
     "tv": _speculators("fused_tv_loss"),
     "cross_entropy": _speculators("fused_ce_loss"),
 }
+SPECULATORS[GRADIENT] = _with_gradient(SPECULATORS["kl"])
 QUACK = {"logsumexp": _quack}
 
 
 def _error(measure: str, rows: Sequence[Any], result: Any, sample: int = 16) -> float | None:
     """Largest relative error over a few rows; None where a contender gives no value a row."""
-    operation = _operation("kl" if measure == COMPARE else measure)
+    operation = _operation(measure)
     if measure == COMPARE:
         result = result["kl"] if isinstance(result, klfast.Comparison) else result[..., 0]
     count = len(rows[0])
@@ -319,7 +357,7 @@ def _copy_bandwidth(quick: bool) -> float:
     import torch
 
     count = 1 << (26 if quick else 32)
-    source = torch.empty(count, dtype=torch.uint8, device="cuda").random_()
+    source = torch.empty(count, dtype=torch.uint8, device=DEVICE).random_()
     target = torch.empty_like(source)
     seconds = _event_seconds(lambda: target.copy_(source))
     return 2 * count / seconds
@@ -329,7 +367,7 @@ def _launch_seconds() -> float:
     """Seconds that a kernel which does next to nothing takes in a graph."""
     import torch
 
-    x = torch.zeros(1, device="cuda")
+    x = torch.zeros(1, device=DEVICE)
     return _graph_seconds(lambda x: x.add_(1), [(x,)] * 64)
 
 

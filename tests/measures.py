@@ -76,21 +76,24 @@ def computed(
     tokens: Any = None,
     **options: Any,
 ) -> Values:
-    """The values of the compiled kernels: of the public function, or else of `compare`."""
+    """The values of the compiled kernels: of the public function, or else of `compare`.
+
+    From a device they are fetched.
+    """
     options = {"backend": "cpu", "dtype": "float64", **options}
     function = getattr(klfast, operation.function, None)
     if function is not None:
         names = [parameter.name for parameter in operation.parameters]
         options.update(zip(names, parameters, strict=True))
-        result: Values = function(*given(operation, p, q, tokens), **options)
-        return result
+        result = function(*given(operation, p, q, tokens), **options)
+        return result.get() if hasattr(result, "get") else np.asarray(result)
     metric = ":".join([operation.name, *map(repr, parameters)])
     if operation.tokens:
         options["targets"] = tokens_of(p) if tokens is None else tokens
     # A function of one row reads the other one for nothing.
     pair = {"p": (p, p), "q": (q, q)}.get(operation.rows, (p, q))
-    comparison = klfast.compare(*pair, metric, **options)
-    return np.asarray(comparison[metric])
+    values = klfast.compare(*pair, metric, **options)[metric]
+    return values.get() if hasattr(values, "get") else np.asarray(values)
 
 
 def expected(
@@ -166,9 +169,10 @@ def largest_probability(found: Cases, tokens: Any = None, **how: Any) -> Values:
 
 
 def check(operation: Operation, parameters: tuple[float, ...], found: Cases, **how: Any) -> None:
-    """The kernels agree with the reference; ``how`` goes to both."""
+    """The kernels of a backend agree with the reference; other options go to both."""
+    backend = how.pop("backend", "cpu")
     if operation.name == "topk_overlap" and parameters[0] > found.p.shape[-1]:
         return
-    got = computed(operation, parameters, found.p, found.q, **how)
+    got = computed(operation, parameters, found.p, found.q, backend=backend, **how)
     truth = expected(operation, parameters, found.p, found.q, **how)
     assert_right(operation, found, got, truth, **how)

@@ -17,6 +17,8 @@ using uint64 = unsigned long long;
 #endif
 
 #define DEVICE __device__ __forceinline__
+// What is called once a row, and must not share registers with what goes on around it.
+#define OUTLINED __device__ __noinline__
 
 // The entry of a kernel: THREADS threads a block, of which the registers must leave room for
 // BLOCKS blocks a multiprocessor.
@@ -26,6 +28,9 @@ using uint64 = unsigned long long;
 #else
 #define KERNEL(threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks)
 #endif
+
+// The argument of a kernel that functions get the address of.
+#define ARGUMENT const __grid_constant__
 
 // 16 bytes, as they are loaded and stored at once.
 struct alignas(16) Bytes16 {
@@ -119,6 +124,20 @@ template <class T>
 DEVICE T load_one(const T* at)
 {
     return __ldg(at);
+}
+
+// 16 bytes from memory that nobody writes meanwhile to shared memory, on their own: a thread finds
+// what it has asked for once it has waited until at most `BEHIND` of its batches are under way.
+DEVICE void copy_async(Bytes16* to, const char* from)
+{
+    const uint32 shared = static_cast<uint32>(__cvta_generic_to_shared(to));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(from) : "memory");
+}
+DEVICE void end_batch() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int BEHIND>
+DEVICE void await_batches()
+{
+    asm volatile("cp.async.wait_group %0;" ::"n"(BEHIND) : "memory");
 }
 
 // Adds to a counter in global memory that every block adds to; returns what was there.

@@ -14,7 +14,7 @@
 #define NAN64 as_double(0x7ff8000000000000ull)
 #define NAN32 as_float(0x7fc00000u)
 
-// A batch of rows. The host fills it: the layout is known to __init__.py.
+// A batch of rows. The host fills it: the layout is known to launches.py.
 struct Rows {
     const char* data;          // the first entry of row 0
     const int64* offsets;      // bytes from row 0 to each row; null where row_stride gives them
@@ -45,6 +45,8 @@ struct Call {
     int64 part_width;          // entries of a part, a multiple of 64
     double* states;            // room for the state of every part
     uint32* arrived;           // for each row, how many parts have been finished; all 0
+    Rows into_p, into_q;       // where gradients go, if there is an address
+    const double* scales;      // of the gradient of each row; null: 1
 };
 
 // A kernel that cannot finish a row to full accuracy leaves this NaN for `exact`.
@@ -107,14 +109,77 @@ DEVICE double entry64(const char* at, int dtype)
 #define DTYPE_Q DTYPE_P
 #endif
 constexpr int VECTOR = (Entry<DTYPE_P>::size == 4 && Entry<DTYPE_Q>::size == 4) ? 4 : 8;
+
+DEVICE float largest_of(const float (&x)[VECTOR])
+{
+    float largest = x[0];
+#pragma unroll
+    for (int i = 1; i < VECTOR; ++i)
+        largest = larger(largest, x[i]);
+    return largest;
+}
+
+// Where an entry stands first.
+DEVICE int place_of(const float (&x)[VECTOR], float entry)
+{
+    int place = 0;
+#pragma unroll
+    for (int i = VECTOR - 1; i >= 0; --i)
+        place = x[i] == entry ? i : place;
+    return place;
+}
 #endif
 
 // VECTOR entries of one array, as they lie in memory: 16 bytes, or 32.
 template <int DTYPE, int COUNT>
-struct Packed {
+struct alignas(16) Packed {
     static constexpr int WORDS = COUNT * Entry<DTYPE>::size / 4;
     static constexpr int LOADS = WORDS / 4;
     uint32 word[WORDS];
+
+    // The bits of -inf.
+    static constexpr uint32 NOTHING =
+        DTYPE == FLOAT32 ? 0xff800000u : DTYPE == BFLOAT16 ? 0xff80u : 0xfc00u;
+
+    // From where 16 bytes can be loaded at once.
+    template <bool ONCE>
+    DEVICE void load(const char* at)
+    {
+#pragma unroll
+        for (int i = 0; i < LOADS; ++i) {
+            const Bytes16* source = reinterpret_cast<const Bytes16*>(at) + i;
+            const Bytes16 bytes = ONCE && LOADS == 1 ? load_once(source) : load_again(source);
+#pragma unroll
+            for (int j = 0; j < 4; ++j)
+                word[4 * i + j] = bytes.word[j];
+        }
+    }
+
+    // The same for what lies in shared memory, on its own.
+    DEVICE void copy(const char* at)
+    {
+#pragma unroll
+        for (int i = 0; i < LOADS; ++i)
+            copy_async(reinterpret_cast<Bytes16*>(word) + i, at + 16 * i);
+    }
+
+    // Entries [begin, end) one by one, and -inf for the others.
+    DEVICE void load_some(const char* at, int begin, int end)
+    {
+#pragma unroll
+        for (int i = 0; i < WORDS; ++i) {
+            if constexpr (DTYPE == FLOAT32) {
+                const uint32* source = reinterpret_cast<const uint32*>(at) + i;
+                word[i] = i >= begin && i < end ? load_one(source) : NOTHING;
+            } else {
+                const uint16* source = reinterpret_cast<const uint16*>(at) + 2 * i;
+                const int j = 2 * i + 1;
+                const uint32 low = j > begin && j <= end ? load_one(source) : NOTHING;
+                const uint32 high = j >= begin && j < end ? load_one(source + 1) : NOTHING;
+                word[i] = low | high << 16;
+            }
+        }
+    }
 
     DEVICE void unpack(float* x) const
     {
@@ -172,45 +237,17 @@ struct Row {
         return first >= 0 && first + COUNT <= width;
     }
 
-    // The bits of -inf.
-    static constexpr uint32 NOTHING =
-        DTYPE == FLOAT32 ? 0xff800000u : DTYPE == BFLOAT16 ? 0xff80u : 0xfc00u;
-
     template <bool ONCE>
     DEVICE Packed<DTYPE, COUNT> load(int64 vector) const
     {
-        Packed<DTYPE, COUNT> packed;
         const int64 first = vector * COUNT - skew;
-        const char* at = address + first * Entry<DTYPE>::size;
-        if (ALIGNED && whole(vector)) {
-#pragma unroll
-            for (int i = 0; i < packed.LOADS; ++i) {
-                const Bytes16* source = reinterpret_cast<const Bytes16*>(at) + i;
-                const Bytes16 bytes =
-                    ONCE && packed.LOADS == 1 ? load_once(source) : load_again(source);
-#pragma unroll
-                for (int j = 0; j < 4; ++j)
-                    packed.word[4 * i + j] = bytes.word[j];
-            }
-            return packed;
-        }
-#pragma unroll
-        for (int i = 0; i < packed.WORDS; ++i) {
-            if constexpr (DTYPE == FLOAT32) {
-                const int64 index = first + i;
-                packed.word[i] = index >= 0 && index < width
-                                     ? load_one(reinterpret_cast<const uint32*>(at) + i)
-                                     : NOTHING;
-            } else {
-                const int64 index = first + 2 * i;
-                const uint16* source = reinterpret_cast<const uint16*>(at) + 2 * i;
-                const uint32 low =
-                    index >= 0 && index < width ? load_one(source) : NOTHING;
-                const uint32 high =
-                    index + 1 >= 0 && index + 1 < width ? load_one(source + 1) : NOTHING;
-                packed.word[i] = low | high << 16;
-            }
-        }
+        Packed<DTYPE, COUNT> packed;
+        if (ALIGNED && whole(vector))
+            packed.template load<ONCE>(address + first * Entry<DTYPE>::size);
+        else
+            packed.load_some(address + first * Entry<DTYPE>::size,
+                             first < 0 ? static_cast<int>(-first) : 0,
+                             width - first < COUNT ? static_cast<int>(width - first) : COUNT);
         return packed;
     }
 };

@@ -24,8 +24,6 @@ constexpr bool WRITES = true;
 constexpr bool WRITES = false;
 #endif
 
-constexpr double LOG2_OF_E = 1.4426950408889634, LOG_OF_2 = 0.6931471805599453;
-
 // Exponents of the top beyond this move the reference.
 constexpr double NEAR = 12.0;
 // Exponents that float32 cannot tell apart to within NEAR: a x is of no use there.
@@ -84,15 +82,6 @@ struct Sums {
     }
 };
 
-DEVICE float largest_of(const float (&x)[VECTOR])
-{
-    float largest = x[0];
-#pragma unroll
-    for (int i = 1; i < VECTOR; ++i)
-        largest = larger(largest, x[i]);
-    return largest;
-}
-
 // The sums of a thread over the entries that it reads. The first `resident` vectors are kept where
 // it finds them again.
 DEVICE Sums read(const Vectors& row, float a, Vector* kept, int64 resident)
@@ -122,10 +111,7 @@ DEVICE Sums read(const Vectors& row, float a, Vector* kept, int64 resident)
             now.unpack(x);
             const float largest = largest_of(x);
             if (largest > bound) {
-                int place = 0;
-#pragma unroll
-                for (int i = VECTOR - 1; i >= 0; --i)
-                    place = x[i] == largest ? i : place;
+                const int place = place_of(x, largest);
 #pragma unroll
                 for (int i = 0; i < VECTOR; ++i)
                     x[i] = i == place ? -INFINITY32 : x[i];
@@ -175,19 +161,15 @@ DEVICE Sums together(Sums sums, double a)
 DEVICE bool complete(const Call& call, int64 row, int64 part, double a, Sums& sums)
 {
     double* states = call.states + row * call.parts * STATE;
-    float before = 0.0f;
     if (team_rank() == 0) {
         double* state = states + part * STATE;
         state[0] = double_of(sums.top.value);
         state[1] = static_cast<double>(sums.top.index);
         state[2] = sums.S;
         state[3] = sums.U;
-        memory_fence();
-        before = static_cast<float>(atomic_add(call.arrived + row, 1));
     }
-    if (team_larger(before) + 1.0f < static_cast<float>(call.parts))
+    if (!is_last_part(call, row))
         return false;
-    memory_fence();
     sums = Sums();
     for (int64 i = team_rank(); i < call.parts; i += TEAM) {
         const volatile double* state = states + i * STATE;

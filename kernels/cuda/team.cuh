@@ -130,3 +130,17 @@ DEVICE Top team_top(Top top)
     }
     return top;
 }
+
+// Whether this team finishes the last one of a row's parts. It then sees what the first threads of
+// the other teams wrote before they asked.
+DEVICE bool is_last_part(const Call& call, int64 row)
+{
+    float before = 0.0f;
+    if (team_rank() == 0) {
+        memory_fence();
+        before = static_cast<float>(atomic_add(call.arrived + row, 1));
+    }
+    const bool last = team_larger(before) + 1.0f >= static_cast<float>(call.parts);
+    memory_fence();
+    return last;
+}

@@ -10,6 +10,7 @@ from typing import Any, TypeVar, Unpack, cast
 
 import numpy as np
 
+from . import _device
 from ._arguments import (
     DEFAULTS,
     CompareOptions,
@@ -61,9 +62,9 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 ARRAYS = """\
 {names}: {batches}, shape (..., V), in float16, bfloat16, float32 or float64: NumPy
-    arrays, PyTorch tensors or JAX arrays on the CPU, or anything with `__dlpack__`. Strides of
-    any kind are read in place; nothing is copied or written to. Tensors that require a gradient
-    are read for their values, and the result has no gradient."""
+    arrays, PyTorch tensors, JAX arrays on the CPU, CuPy arrays, or anything on the CPU with
+    `__dlpack__`. Strides of any kind are read in place; nothing is copied or written to. Tensors
+    that require a gradient are read for their values, and the result has no gradient."""
 
 PAIR = """
     Batch axes broadcast against each other without being copied, and the dtypes may differ,
@@ -80,7 +81,8 @@ base of the logarithm of the result, above 1; None is e, and the unit nats. Resu
     are no logarithms do not depend on it.""",
     "where": """\
 booleans, one a row: rows that are False are never read, take no part in a mean or sum,
-    and hold NaN in a result with one value a row.""",
+    and hold NaN in a result with one value a row. A list, a NumPy array, or of the library and
+    device of the logits.""",
     "vocab_size": "read only the first entries of each row, for vocabularies padded at the end.",
     "reduction": """\
 "none" (one value a row), or the "mean" or "sum", taken in float64, over the rows
@@ -88,8 +90,13 @@ booleans, one a row: rows that are False are never read, take no part in a mean 
     "dtype": """\
 of the result; None is that of `out`, else float64 if an input is float64, else float32.
     Values are computed in float64 or as exactly as numerics ask, and rounded once.""",
-    "out": "NumPy array or PyTorch tensor, of any strides, to write into and return.",
-    "backend": '"auto" (that of the device), or one of "reference", "cpu" and "cuda" by name.',
+    "out": "NumPy or CuPy array or PyTorch tensor, of any strides, to write into and return.",
+    "backend": """\
+"auto" (that of the device), or one of "reference", "cpu" and "cuda" by name. "cuda" takes
+    arrays on the host too, sent to the GPU in pieces; nothing else moves between devices.""",
+    "validate": """\
+whether to wait for a GPU, to raise IndexError for tokens or targets there that are out of
+    range. Without it their rows are NaN. What is on the host is always checked.""",
 }
 
 ERRORS = """\
@@ -175,6 +182,9 @@ def _evaluate(
     settings = check_options(operation.function, options, Options)
     batch = prepare(arrays, settings, tokens)
     dtype, target = target_of(batch, result_shape(batch))
+    if batch.place.device != "cpu":
+        (result,) = _device.evaluate(batch, [(name, parameters)], dtype, target)
+        return result
     values = batch.empty_values()
     if not batch.idle:
         batch.backend.run(name, batch.p, batch.q, parameters, batch.rows, values, batch.tokens)
@@ -342,11 +352,12 @@ def token_log_probs(
         raise TypeError("out is given with return_entropy, which has two results; accepted: None")
     batch = prepare({"logits": logits}, settings, ("tokens", tokens))
     dtype, _ = target_of(batch, result_shape(batch))
-    names = ("token_log_probs", "entropy")
-    results = [batch.empty_values() for _ in names]
+    metrics: list[tuple[str, tuple[float, ...]]] = [("token_log_probs", ()), ("entropy", ())]
+    if batch.place.device != "cpu":
+        return tuple(_device.evaluate(batch, metrics, dtype))
+    results = [batch.empty_values() for _ in metrics]
     if not batch.idle:
         # A comparison with itself: both come from the same statistics of each row.
-        metrics = [(name, ()) for name in names]
         results = batch.backend.compare(metrics, batch.p, batch.p, batch.rows, batch.tokens)
         if batch.keep is not None:
             for values in results:
@@ -372,11 +383,13 @@ def log_softmax(x: Any, **options: Unpack[ElementOptions]) -> Any:
     position = len(batch.shape) + 1 + batch.axis
     shape = (*batch.shape[:position], batch.p.width, *batch.shape[position:])
     dtype, target = target_of(batch, shape)
+    if target is not None and overlap(target, view_of(x, batch.place, "x")):
+        raise ValueError("out overlaps x, which is read twice; accepted: memory of its own")
+    if batch.place.device != "cpu":
+        return _device.log_softmax(batch, shape, dtype, target)
     stored = None
     if target is None:
         stored, target = empty(shape, dtype)
-    elif overlap(target, view_of(x, batch.place, "x")):
-        raise ValueError("out overlaps x, which is read twice; accepted: memory of its own")
     if not batch.idle:
         into = rows_of(target, batch.axis, batch.shape, batch.p.width, "log_probs", 1.0)
         batch.backend.log_softmax(batch.p, batch.rows, into)
@@ -429,6 +442,8 @@ def explain(
     backend = next(name for name, module in MODULES.items() if module == batch.backend.__name__)
     kept = batch.p.count if batch.rows is None else len(batch.rows)
     read = [each for each in (batch.p, batch.q) if each is not None]
+    with _device.on(batch.place):
+        plan = batch.backend.explain(operation.name, batch.p, batch.q)
     return Explanation(
         {
             "metric": metric,
@@ -436,6 +451,6 @@ def explain(
             "vocabulary": batch.p.width,
             "input_bytes": sum(kept * each.width * FLOATS[each.dtype] for each in read),
             "backend": backend,
-            **batch.backend.explain(operation.name, batch.p, batch.q),
+            **plan,
         }
     )

@@ -27,6 +27,8 @@ from ._arrays import (
     view_of,
     wrap,
 )
+from ._device import fetched, on, workspace
+from ._device import one_a_row as on_device
 from ._dispatch import Backend, select
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "check_options",
     "finish",
     "number",
+    "one_a_row",
     "out_view",
     "prepare",
     "result_shape",
@@ -58,6 +61,7 @@ class _SharedOptions(TypedDict, total=False):
     vocab_size: int | None
     dtype: Any
     backend: Literal["auto", "reference", "cpu", "cuda"]
+    validate: bool
 
 
 class ElementOptions(_SharedOptions, total=False):
@@ -90,6 +94,7 @@ class Settings:
     dtype: Any = None
     out: Any = None
     backend: str = "auto"
+    validate: bool = False
 
     @property
     def unit(self) -> float:
@@ -131,9 +136,9 @@ class Batch:
     widest: str  # the result dtype, unless another is asked for
     p: Rows
     q: Rows | None
-    keep: NDArray[np.bool_] | None  # one a row; None is all
-    rows: NDArray[np.int64] | None  # the row numbers that are kept; None is all
-    tokens: NDArray[np.int64] | None
+    keep: Any  # booleans, one a row, of NumPy or on the device; None is all
+    rows: NDArray[np.int64] | None  # on the host, the row numbers that are kept; None is all
+    tokens: Any  # int64 numbers, one a row, of NumPy or on the device
     settings: Settings
 
     @property
@@ -142,11 +147,10 @@ class Batch:
         return self.p.count == 0 or (self.rows is not None and len(self.rows) == 0)
 
     def integers(self, argument: str, x: Any) -> NDArray[np.int64]:
-        """An argument with one whole number a row."""
-        given = _a_row(argument, x, self.shape, self.place)
-        if given.dtype.kind not in "iu":
-            raise TypeError(f"{argument} has dtype {given.dtype}; accepted: integers")
-        return given.astype(np.int64).ravel()
+        """An argument with one whole number a row, on the host."""
+        given = one_a_row(argument, x, self.shape, self.place, ("int", "uint"), "integers")
+        with on(self.place):
+            return fetched(given, self.shape).astype(np.int64).ravel()
 
     def empty_values(self) -> NDArray[np.float64]:
         """Room for one value a row, which holds NaN where rows are not kept."""
@@ -180,13 +184,29 @@ def prepare(
             f"that broadcast, and these are {' and '.join(map(str, shapes))}"
         ) from None
 
+    on_host = place.device == "cpu"
     divisors = temperatures(settings.temperature, len(views))
     rows = [
-        rows_of(view, axis, shape, width, settings.input, temperature)
+        rows_of(view, axis, shape, width, settings.input, temperature, on_host)
         for view, temperature in zip(views.values(), divisors, strict=True)
     ]
-    keep = _keep(settings.where, shape, place)
-    kept = None if keep is None or keep.all() else np.flatnonzero(keep)
+    keep = None
+    if settings.where is not None:
+        keep = one_a_row("where", settings.where, shape, place, ("bool",), "boolean")
+    numbers = None
+    if tokens is not None:
+        numbers = _tokens(*tokens, shape, width, keep, place, settings.validate)
+    kept = None
+    if not on_host and (keep is not None or numbers is not None):
+        with on(place), workspace(place):
+            if keep is not None:
+                keep = on_device(keep, shape, np.bool_)
+            if numbers is not None:
+                numbers = on_device(numbers, shape, np.int64)
+    elif on_host:
+        keep = None if keep is None or keep.all() else keep.ravel()
+        kept = None if keep is None else np.flatnonzero(keep)
+        numbers = None if numbers is None else numbers.ravel()
     return Batch(
         like=next(iter(arrays.values())),
         place=place,
@@ -196,9 +216,9 @@ def prepare(
         widest="float64" if any(view.dtype == "float64" for view in views.values()) else "float32",
         p=rows[0],
         q=rows[1] if len(rows) > 1 else None,
-        keep=None if kept is None else keep,
+        keep=keep,
         rows=kept,
-        tokens=None if tokens is None else _tokens(*tokens, shape, width, keep, place),
+        tokens=numbers,
         settings=settings,
     )
 
@@ -225,10 +245,10 @@ def target_of(batch: Batch, shape: tuple[int, ...]) -> tuple[str, View | None]:
 def out_view(out: Any, place: Place, shape: tuple[int, ...]) -> View:
     """The memory of `out`, if a result of this shape can be written into it."""
     given = place_of(out, "out")
-    if given != place or place.kind not in ("NumPy", "PyTorch"):
+    if given != place or place.kind not in ("NumPy", "PyTorch", "CuPy"):
         raise TypeError(
             f"out is {given}, and the inputs are {place}; accepted: None, "
-            "or, for NumPy and PyTorch, an array of the same library on the same device"
+            "or, for NumPy, PyTorch and CuPy, an array of the same library on the same device"
         )
     view = view_of(out, place, "out")
     if view.shape != shape:
@@ -348,25 +368,26 @@ def temperatures(temperature: Any, count: int) -> tuple[float, ...]:
     return values
 
 
-def _a_row(argument: str, x: Any, shape: tuple[int, ...], place: Place) -> NDArray[Any]:
-    """An argument with one entry a row, broadcast to the batch."""
+def one_a_row(
+    argument: str, x: Any, shape: tuple[int, ...], place: Place, kinds: tuple[str, ...], named: str
+) -> Any:
+    """An argument with one entry a row: broadcast to the batch, or on a device as it is.
+
+    The name of its dtype, of NumPy, CuPy or PyTorch, begins with one of `kinds`.
+    """
     array = host_array(x, argument, place)
+    kind = getattr(array.dtype, "name", None) or str(array.dtype).removeprefix("torch.")
+    if not kind.startswith(kinds):
+        raise TypeError(f"{argument} has dtype {array.dtype}; accepted: {named}")
+    on_host = isinstance(array, np.ndarray)
     try:
-        return np.broadcast_to(array, shape)
+        broadcast = np.broadcast_to(array if on_host else np.empty(array.shape, bool), shape)
     except ValueError:
         raise ValueError(
-            f"{argument} has shape {array.shape}; accepted: {shape}, one entry a row, or what "
-            "broadcasts to it"
+            f"{argument} has shape {tuple(array.shape)}; accepted: {shape}, one entry a row, or "
+            "what broadcasts to it"
         ) from None
-
-
-def _keep(where: Any, shape: tuple[int, ...], place: Place) -> NDArray[np.bool_] | None:
-    if where is None:
-        return None
-    keep = _a_row("where", where, shape, place)
-    if keep.dtype != np.bool_:
-        raise TypeError(f"where has dtype {keep.dtype}; accepted: boolean")
-    return keep.ravel()
+    return broadcast if on_host else array
 
 
 def _tokens(
@@ -374,23 +395,32 @@ def _tokens(
     tokens: Any,
     shape: tuple[int, ...],
     width: int,
-    keep: NDArray[np.bool_] | None,
+    keep: Any,
     place: Place,
-) -> NDArray[np.int64]:
-    given = _a_row(argument, tokens, shape, place)
-    if given.dtype.kind not in "iu":
-        raise TypeError(f"{argument} has dtype {given.dtype}; accepted: integers")
+    validate: bool,
+) -> Any:
+    given = one_a_row(argument, tokens, shape, place, ("int", "uint"), "integers")
+    on_host = isinstance(given, np.ndarray)
+    if validate or (on_host and (keep is None or isinstance(keep, np.ndarray))):
+        with on(place):
+            known = fetched(given, shape), None if keep is None else fetched(keep, shape)
+        _check_tokens(argument, *known, width)
+    return given.astype(np.int64) if on_host else given
+
+
+def _check_tokens(
+    argument: str, tokens: NDArray[Any], keep: NDArray[np.bool_] | None, width: int
+) -> None:
     # Rows that are not kept may hold anything, such as the -100 of many data sets.
-    bad = (given < 0) | (given >= width)
+    bad = (tokens < 0) | (tokens >= width)
     if keep is not None:
-        bad &= keep.reshape(shape)
+        bad &= keep
     if bad.any():
         first = tuple(int(each) for each in np.argwhere(bad)[0])
         where = f"[{', '.join(map(str, first))}]" if first else ""
         raise IndexError(
-            f"{argument}{where} is {given[first]}; accepted: 0 to {width - 1}, the vocabulary"
+            f"{argument}{where} is {tokens[first]}; accepted: 0 to {width - 1}, the vocabulary"
         )
-    return given.astype(np.int64).ravel()
 
 
 def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:

@@ -59,6 +59,8 @@ class Rows:
     offsets: NDArray[np.int64] | None  # bytes from row 0 to each row, if no one stride gives them
     input: str  # "logits", "log_probs" or "probs"
     temperature: float
+    # Of these (length, bytes) axes of the batch: all that is known of the offsets on a device.
+    axes: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(slots=True, eq=False)
@@ -173,7 +175,7 @@ def place_of(x: Any, argument: str) -> Place:
 
 
 def view_of(x: Any, place: Place, argument: str) -> View:
-    """The memory of the array `x` on the host, never a copy.
+    """The memory of the array `x`, never a copy.
 
     TypeError for a dtype, byte order or layout that cannot be read, ValueError for unaligned data.
     """
@@ -181,8 +183,13 @@ def view_of(x: Any, place: Place, argument: str) -> View:
         view = _numpy_view(x, argument)
     elif place.kind == "PyTorch":
         view = _torch_view(x, argument)
-    else:
+    elif place.device == "cpu":
         view = _dlpack_view(x, argument)
+    elif place.kind == "CuPy":
+        dtype = _float_name(NATIVE.get(x.dtype) or x.dtype.name, argument)
+        view = View(x, x.data.ptr, dtype, x.shape, x.strides)
+    else:
+        raise TypeError(f"{argument} is {place}; accepted there: CuPy arrays and PyTorch tensors")
     size = FLOATS[view.dtype]
     steps = (step for step, length in zip(view.strides, view.shape, strict=True) if length > 1)
     if math.prod(view.shape) and any(distance % size for distance in (view.address, *steps)):
@@ -242,9 +249,18 @@ def _float_name(name: str, argument: str) -> str:
 
 
 def rows_of(
-    view: View, axis: int, shape: tuple[int, ...], width: int, input: str, temperature: float
+    view: View,
+    axis: int,
+    shape: tuple[int, ...],
+    width: int,
+    input: str,
+    temperature: float,
+    on_host: bool = True,
 ) -> Rows:
-    """The first `width` entries along `axis` (negative) of every row, broadcast to `shape`."""
+    """The first `width` entries along `axis` (negative) of every row, broadcast to `shape`.
+
+    The host's rows get their offsets; a device makes its own.
+    """
     position = len(view.shape) + axis
     lengths = view.shape[:position] + view.shape[position + 1 :]
     steps = view.strides[:position] + view.strides[position + 1 :]
@@ -264,11 +280,13 @@ def rows_of(
             merged.append((length, step))
     row_stride = merged[-1][1] if merged else 0
     offsets = None
+    axes: tuple[tuple[int, int], ...] = ()
     if len(merged) > 1 and count:
-        offsets = np.zeros(1, np.int64)
-        for length, step in merged:
-            offsets = np.add.outer(offsets, np.arange(length, dtype=np.int64) * step).ravel()
-        row_stride = 0
+        row_stride, axes = 0, tuple(merged)
+        if on_host:
+            offsets = np.zeros(1, np.int64)
+            for length, step in merged:
+                offsets = np.add.outer(offsets, np.arange(length, dtype=np.int64) * step).ravel()
     stride = view.strides[position]
     return Rows(
         view.owner,
@@ -281,6 +299,7 @@ def rows_of(
         offsets,
         input,
         temperature,
+        axes,
     )
 
 
@@ -364,14 +383,16 @@ def dtype_name(dtype: Any, argument: str) -> str:
     return _float_name(name, argument)
 
 
-def host_array(x: Any, argument: str, place: Place) -> NDArray[Any]:
-    """An array with one entry a row, such as targets, as NumPy sees it.
+def host_array(x: Any, argument: str, place: Place) -> Any:
+    """An array with one entry a row, such as targets, as NumPy sees it, or as it is on a device.
 
     It is a number, a list, a NumPy array, or of the library and device of the logits (`place`).
     """
     if isinstance(x, bool | int | list | tuple | np.generic):
         return np.asarray(x)
     given = place_of(x, argument)
+    if given == place and place.device != "cpu":
+        return x
     if given.device != "cpu" or given.kind not in ("NumPy", place.kind):
         raise TypeError(f"{argument} is {given}, and the logits are {place}; accepted: the same")
     if given.kind == "PyTorch":

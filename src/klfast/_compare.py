@@ -6,6 +6,7 @@ from typing import Any, Unpack
 
 import numpy as np
 
+from . import _device
 from ._api import documented
 from ._arguments import CompareOptions, check_options, finish, prepare, target_of
 from ._operations import DEFAULT_METRICS, TARGET_METRICS, parse_metric
@@ -125,24 +126,22 @@ def compare(
             )
     dtype, _ = target_of(batch, batch.shape)
     assert batch.q is not None  # two arrays were given
-    if batch.idle:
-        results = [batch.empty_values() for _ in parsed]
+    wanted = [(operation.name, parameters) for operation, parameters in parsed]
+    if batch.place.device != "cpu":
+        results = _device.evaluate(batch, wanted, dtype)
     else:
-        results = batch.backend.compare(
-            [(operation.name, parameters) for operation, parameters in parsed],
-            batch.p,
-            batch.q,
-            batch.rows,
-            batch.tokens,
-        )
+        results = [batch.empty_values() for _ in parsed]
+        if not batch.idle:
+            results = batch.backend.compare(wanted, batch.p, batch.q, batch.rows, batch.tokens)
         if batch.keep is not None:
             for values in results:
                 values[~batch.keep] = np.nan
+        results = [
+            finish(batch, values, operation.logarithmic, dtype)
+            for values, (operation, _) in zip(results, parsed, strict=True)
+        ]
     return Comparison(
-        {
-            name: finish(batch, values, operation.logarithmic, dtype)
-            for name, (operation, _), values in zip(names, parsed, results, strict=True)
-        },
+        dict(zip(names, results, strict=True)),
         batch.shape,
         batch.p.width,
         settings.reduction,

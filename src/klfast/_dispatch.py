@@ -1,11 +1,13 @@
 """Which backend runs a call, and what can be asked about it."""
 
+from __future__ import annotations
+
 import operator
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +19,7 @@ from .errors import BackendUnavailable
 __all__ = [
     "Backend",
     "BackendStatus",
+    "Result",
     "backends",
     "compiled",
     "get_num_threads",
@@ -25,18 +28,23 @@ __all__ = [
     "warmup",
 ]
 
-# Where each backend lives, and the device whose memory it reads.
+# Where each backend lives, and the devices whose memory it takes; the host's goes to a GPU if that
+# backend is asked for by name.
 MODULES = {
     "cpu": "klfast.kernels.cpu",
     "cuda": "klfast.kernels.cuda",
     "reference": "klfast._reference_backend",
 }
-DEVICES = {"cpu": "cpu", "cuda": "cuda", "reference": "cpu"}
+DEVICES = {"cpu": ("cpu",), "cuda": ("cpu", "cuda"), "reference": ("cpu",)}
 CHOICES = ("auto", *MODULES)
 
 
 class Backend(Protocol):
-    """What the module of a backend offers. Values are float64, in nats, one a row."""
+    """What the module of a backend offers. Values are float64, in nats, one a row.
+
+    All rows are on the host, but those of `evaluate`, `differentiate` and `normalize`, which only
+    the backend of a device has.
+    """
 
     __name__: str
 
@@ -114,6 +122,32 @@ class Backend(Protocol):
         `normalizers` has m and L of the whole rows of p, of q, and Lx - Ly, as columns.
         """
 
+    def evaluate(
+        self,
+        metrics: Sequence[tuple[str, tuple[float, ...]]],
+        p: Rows,
+        q: Rows | None,
+        where: Any,
+        tokens: Any,
+        results: Sequence[Result],
+    ) -> None:
+        """Queue the results of many operations; `where` and `tokens` are CuPy's pointers."""
+
+    def differentiate(
+        self,
+        metric: tuple[str, tuple[float, ...]],
+        p: Rows,
+        q: Rows | None,
+        where: Any,
+        result: Result,
+        scales: Any,
+        into: Mapping[str, Rows],
+    ) -> None:
+        """Queue the values of an operation and its gradients, by side; `scales` as `where`."""
+
+    def normalize(self, x: Rows, where: Any, out: Rows) -> None:
+        """Queue the log-probabilities of all entries."""
+
     def explain(self, name: str, p: Rows, q: Rows | None) -> dict[str, object]:
         """Return what `run` would do: kernel, passes, threads."""
 
@@ -128,6 +162,14 @@ class Backend(Protocol):
 
     def info(self) -> dict[str, object]:
         """Return what `klfast info` shows."""
+
+
+class Result(NamedTuple):
+    """Where a device puts the values of an operation: one a row, or only their sum or mean."""
+
+    rows: Rows  # of one entry
+    unit: float = 1.0  # of the result, in nats
+    reduction: str = "none"  # "none", "sum" or "mean"
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,10 +232,10 @@ def _first_selection(name: str, device: str) -> Backend:
     family = device.partition(":")[0]
     if name != "auto":
         backend = load(name)
-        if DEVICES[name] != family:
+        if family not in DEVICES[name]:
             raise BackendUnavailable(
-                f"backend {name!r} reads memory of {DEVICES[name]}, and the arrays are on "
-                f"{device}; nothing is moved between devices unasked"
+                f"backend {name!r} reads memory of {' and '.join(DEVICES[name])}, and the arrays "
+                f"are on {device}; nothing is moved between devices unasked"
             )
         return backend
     if family not in MODULES:

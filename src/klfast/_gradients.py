@@ -7,19 +7,25 @@ from typing import Any, Literal, NamedTuple, TypedDict, Unpack
 import numpy as np
 from numpy.typing import NDArray
 
+from . import _device
 from ._api import documented
 from ._arguments import (
     Batch,
     check_options,
     finish,
+    one_a_row,
     out_view,
     prepare,
     target_of,
 )
-from ._arrays import STORAGE, Rows, View, host_array, memory, overlap, rows_of, view_of, wrap
+from ._arrays import Rows, View, empty, memory, overlap, rows_of, view_of, wrap
 from ._operations import DIFFERENTIABLE, Operation
 
 __all__ = ["GradientOptions", "ValueAndGradient", "differentiable", "value_and_grad"]
+
+
+#: How the names of dtypes begin that real numbers have.
+REAL = ("float", "bfloat", "int", "uint")
 
 
 class GradientOptions(TypedDict, total=False):
@@ -102,6 +108,12 @@ def value_and_grad(
     targets = [_target(side, arrays, given, batch) for side, given in zip(sides, outs, strict=True)]
     if len(targets) == 2 and overlap(targets[0].view, targets[1].view):
         raise ValueError("out: both gradients share memory; accepted: memory of its own for each")
+    if batch.place.device != "cpu":
+        value = _device.differentiate(
+            batch, (operation.name, parameters), dtype, _given_scale(grad_scale, batch),
+            {target.side: target.rows for target in targets},
+        )  # fmt: skip
+        return ValueAndGradient(value, _alone(tuple(target.out for target in targets)))
     scale = _scale(grad_scale, batch)
     if operation.logarithmic:
         scale = scale / batch.settings.unit
@@ -112,9 +124,13 @@ def value_and_grad(
             operation.name, batch.p, batch.q, parameters, batch.rows, values, scale,
             into.get("p"), into.get("q"),
         )  # fmt: skip
-    gradients = [target.result(batch) for target in targets]
+    gradients = tuple(target.result(batch) for target in targets)
     value = finish(batch, values, operation.logarithmic, dtype)
-    return ValueAndGradient(value, gradients[0] if len(gradients) == 1 else tuple(gradients))
+    return ValueAndGradient(value, _alone(gradients))
+
+
+def _alone(gradients: tuple[Any, ...]) -> Any:
+    return gradients[0] if len(gradients) == 1 else gradients
 
 
 def _outs(out: Any, count: int) -> tuple[Any, ...]:
@@ -163,13 +179,18 @@ def _target(side: str, arrays: Mapping[str, Any], out: Any, batch: Batch) -> _Ta
             f"{side} has shape {source.shape}, whose rows are repeated to {batch.shape}; accepted: "
             "with respect to a batch of the full shape only (np.broadcast_to(...).copy())"
         )
-    if out is None:
-        stored = np.empty(source.shape, STORAGE[source.dtype])
-        address = stored.__array_interface__["data"][0]
-        view = View(stored, address, source.dtype, stored.shape, stored.strides)
+    on_host, stored = batch.place.device == "cpu", None
+    if out is not None:
+        view = _checked_out(side, arrays, out, source, batch)
+    elif on_host:
+        stored, view = empty(source.shape, source.dtype)
     else:
-        stored, view = None, _checked_out(side, arrays, out, source, batch)
-    rows = rows_of(view, axis, batch.shape, batch.p.width, "logits", 1.0)
+        with _device.on(batch.place):
+            out = _device.empty(batch.place, array, source.shape, source.dtype)
+        view = view_of(out, batch.place, "out")
+    # The host fills in what is beyond the width; a device writes all of it.
+    width = batch.p.width if on_host else source.shape[axis]
+    rows = rows_of(view, axis, batch.shape, width, "logits", 1.0, on_host)
     return _Target(side, array, view, stored, out, rows)
 
 
@@ -192,20 +213,16 @@ def _checked_out(
 
 def _scale(grad_scale: Any, batch: Batch) -> NDArray[np.float64]:
     """One factor a row: of the gradient, and of its unit."""
+    given = _given_scale(grad_scale, batch)
+    if given is None:
+        return np.ones(batch.p.count)
+    return np.broadcast_to(given, batch.shape).astype(np.float64).reshape(-1)
+
+
+def _given_scale(grad_scale: Any, batch: Batch) -> Any:
+    """What broadcasts to one real number a row, or None."""
     if grad_scale is None:
-        factors = np.ones(batch.p.count)
-    else:
-        number = isinstance(grad_scale, float)  # host_array takes all others
-        given = (
-            np.array(grad_scale) if number else host_array(grad_scale, "grad_scale", batch.place)
-        )
-        if given.dtype.kind not in "fiu" and str(given.dtype) != "bfloat16":
-            raise TypeError(f"grad_scale has dtype {given.dtype}; accepted: real numbers")
-        try:
-            factors = np.broadcast_to(given, batch.shape).astype(np.float64).reshape(-1)
-        except ValueError:
-            raise ValueError(
-                f"grad_scale has shape {given.shape}; accepted: {batch.shape}, one number a row, "
-                "or what broadcasts to it"
-            ) from None
-    return factors
+        return None
+    # host_array takes all other numbers.
+    given = np.array(grad_scale) if isinstance(grad_scale, float) else grad_scale
+    return one_a_row("grad_scale", given, batch.shape, batch.place, REAL, "real numbers")

@@ -797,6 +797,8 @@ def _power_sum(pair: _Pair, alpha: float) -> Array:
 
 
 def _alpha_wrt_p(pair: _Pair, alpha: float) -> Array:
+    if alpha == 0.0:  # KL(Q, P), also where it is infinite
+        return -_change(pair)
     return _power_sum(pair, alpha) * _tilt_from_p(pair, alpha)
 
 

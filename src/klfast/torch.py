@@ -549,13 +549,13 @@ def _linear_loss(
     step = max(1, block_bytes // (dtype.itemsize * vocabulary))
     student = (hidden, weight, bias)
     gradients = [
-        torch.zeros(each.shape, dtype=dtype) if need and each is not None else None
+        each.new_zeros(each.shape, dtype=dtype) if need and each is not None else None
         for each, need in zip(student, needs, strict=True)
     ]
     heads = [each.detach().to(dtype) for each in (weight, teacher_weight)]
     biases = [None if each is None else each.detach() for each in (bias, teacher_bias)]
-    memory = [torch.empty(min(step, rows), vocabulary, dtype=dtype) for _ in range(2)]
-    total = torch.zeros((), dtype=torch.float64)
+    memory = [hidden.new_empty(min(step, rows), vocabulary, dtype=dtype) for _ in range(2)]
+    total = hidden.new_zeros((), dtype=torch.float64)
     for start in range(0, rows, step):
         part = slice(start, min(start + step, rows))
         states = [each[part].detach().to(dtype) for each in (hidden, teacher_hidden)]

@@ -32,6 +32,8 @@ using uint64 = unsigned long long;
 #endif
 
 #define DEVICE inline
+#define OUTLINED inline
+#define ARGUMENT const
 #define KERNEL(threads, blocks)                  \
     namespace twin {                             \
     constexpr int most_threads = threads;        \
@@ -445,6 +447,16 @@ DEVICE T load_one(const T* at)
 {
     twin::check_load(at, sizeof(T));
     return *at;
+}
+// At once: what is not waited for is there as well.
+DEVICE void copy_async(Bytes16* to, const char* from)
+{
+    *to = load_once(reinterpret_cast<const Bytes16*>(from));
+}
+DEVICE void end_batch() {}
+template <int BEHIND>
+DEVICE void await_batches()
+{
 }
 DEVICE uint32 atomic_add(uint32* at, uint32 value)
 {

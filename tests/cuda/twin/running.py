@@ -16,6 +16,8 @@ from .compiler import SEED, compile_text
 KERNELS = Path(__file__).parents[3] / "kernels" / "cuda"
 BASE = ("device.cuh", "rows.cuh", "team.cuh")
 SOURCES = (*BASE, "mathematics.cuh", "finish.cuh")
+#: Of this kernel alone.
+MORE_SOURCES = {"exact": ("exact.cuh",)}
 
 ROWS = np.dtype(
     [
@@ -50,6 +52,9 @@ CALL = np.dtype(
         ("part_width", "i8"),
         ("states", "u8"),
         ("arrived", "u8"),
+        ("into_p", ROWS),
+        ("into_q", ROWS),
+        ("scales", "u8"),
     ],
     align=True,
 )
@@ -142,7 +147,7 @@ def run_kernel(
     for name, array in arrays.items():
         call[name] = array.__array_interface__["data"][0]
 
-    files = [*sources, kernel if "\n" in kernel else f"{kernel}.cu"]
+    files = [*sources, *MORE_SOURCES.get(kernel, ()), kernel if "\n" in kernel else f"{kernel}.cu"]
     program = compile_text(kernel_text(files, definitions))
     scratch = 0 if team == 32 else 64 * threads // 32
     items = math.ceil(count * parts / (threads // team))

@@ -224,6 +224,7 @@ class RawKernel:
 _OPT_IN = "MaxSharedMemoryPerBlockOptin"
 _POINTERS = {
     *("data", "offsets", "where", "tokens", "values", "out", "out_offsets", "states", "arrived"),
+    "scales",
 }
 
 

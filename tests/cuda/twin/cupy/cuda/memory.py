@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -106,7 +109,7 @@ def pinned(address: int, size: int = 1) -> bool:
 class MemoryPointer:
     """An address, and what keeps it alive."""
 
-    def __init__(self, mem: Memory | None, offset: int) -> None:
+    def __init__(self, mem: Memory | UnownedMemory | None, offset: int) -> None:
         self.mem = mem
         self.ptr = mem.ptr + offset if mem else 0
 
@@ -130,8 +133,45 @@ class _Lent:
         }
 
 
-def alloc(size: int) -> MemoryPointer:
+class UnownedMemory:
+    """Memory of somebody else."""
+
+    def __init__(self, ptr: int, size: int, owner: Any, device_id: int = -1) -> None:
+        self.ptr = ptr
+        self.size = size
+        self._owner = owner
+
+
+def _malloc(size: int) -> MemoryPointer:
     return MemoryPointer(Memory(size, "device") if size else None, 0)
+
+
+def pool(size: int) -> MemoryPointer:
+    """What CuPy's pool gives."""
+    return _malloc(size)
+
+
+def malloc_async(size: int) -> MemoryPointer:
+    """Memory in the order of the stream, which a captured graph allocates itself."""
+    return _malloc(size)
+
+
+_current = threading.local()
+
+
+def alloc(size: int) -> MemoryPointer:
+    found: MemoryPointer = (getattr(_current, "allocator", None) or pool)(size)
+    return found
+
+
+@contextmanager
+def using_allocator(allocator: Any) -> Iterator[None]:
+    before = getattr(_current, "allocator", None)
+    _current.allocator = allocator
+    try:
+        yield
+    finally:
+        _current.allocator = before
 
 
 def alloc_pinned_memory(size: int) -> Any:

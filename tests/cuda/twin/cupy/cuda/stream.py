@@ -116,6 +116,10 @@ class Stream:
 
         self._submit(wait)
 
+    def is_capturing(self) -> bool:
+        """There are no graphs."""
+        return False
+
     def use(self) -> Stream:
         _current.stream = self
         return self

@@ -1,0 +1,922 @@
+// All that a pair of rows is measured by, once their normalizers are known: any number of TERMS.
+//
+// TERMS is a list of the names below, each of which has a column of results, or five (those of
+// `statistics` and of `top`, see single_pass.cu); parameters[i] is that of term i, beta for Renyi
+// divergences. Results that float32 does not carry are marked UNFINISHED in their first column.
+//
+// The first phase reads the pair and sums exponentials; the second one reads it again, from shared
+// memory as far as `resident` entries go, where the first one has put it, and sums terms. CLUSTER
+// blocks share a row, or (phase 1, then phase 2) `parts` blocks that know of each other only from
+// one launch to the next.
+//
+// With a = log2(e)/T and constants kx, ky from the normalizers, log2 p = a x + kx, log2 q = a y + ky
+// and t = log2(q/p) = a (y - x) + C. Where p and q differ little, terms are small to the extent that
+// C = ky - kx is right, whose error is that of two large sums: delta. But in the second phase it
+// shows, as D = sum (q - p), from terms that vanish where the rows agree. Divergences are off by
+// delta**2/2 and the like, which is taken away; where it is much of them, D corrects C, and terms
+// are summed again. All sums are symmetric in the two rows or change sign only, operation by
+// operation, so that swapping the arguments of symmetric divergences changes no bit.
+
+enum Term {
+    KL,
+    REVERSE_KL,
+    RENYI,
+    REVERSE_RENYI,
+    JS,
+    TV,
+    HELLINGER2,
+    JEFFREYS,
+    CROSS_ENTROPY,
+    STATISTICS_P,
+    STATISTICS_Q,
+    ARGMAX_P,
+    ARGMAX_Q,
+};
+constexpr Term TERM[] = {TERMS};
+constexpr int COUNT = sizeof(TERM) / sizeof(Term);
+
+DEVICE constexpr bool has(Term term)
+{
+    for (int i = 0; i < COUNT; ++i) {
+        if (TERM[i] == term)
+            return true;
+    }
+    return false;
+}
+
+template <int I>
+constexpr int COLUMNS = TERM[I] >= STATISTICS_P ? 5 : 1;
+
+// What is summed over a row. Those of Renyi divergences come last, by the number of their terms.
+enum Sum {
+    SUM_D,        // q - p
+    SUM_KL,       // terms of KL
+    SUM_REVERSE,  // terms of reverse KL
+    SUM_JS,
+    SUM_H,        // abs(q - p)
+    SUM_NEAR,     // the larger one, where delta may change the sign of q - p
+    SUM_V,        // and with that sign where it may not
+    SUM_HELLINGER2,
+    SUM_JEFFREYS,
+    SUM_P,        // p, and p log2 p, but for the vector where the largest entry is
+    SUM_P_LOG_P,
+    SUM_Q,
+    SUM_Q_LOG_Q,
+    SUM_RENYI,
+};
+
+constexpr bool SUMS_P = has(STATISTICS_P) || has(CROSS_ENTROPY), SUMS_Q = has(STATISTICS_Q);
+constexpr bool TOP_P = SUMS_P || has(ARGMAX_P), TOP_Q = SUMS_Q || has(ARGMAX_Q);
+// Terms that are infinite where the supports differ; they do not know how far |t| may go.
+constexpr bool UNBOUNDED = has(KL) || has(REVERSE_KL) || has(RENYI) || has(REVERSE_RENYI) ||
+                           has(JEFFREYS) || has(CROSS_ENTROPY);
+// Terms that need more of p/q than how far it is from 1: they have q - p over log 2.
+constexpr bool NEEDS_BOTH = has(KL) || has(REVERSE_KL) || has(RENYI) || has(REVERSE_RENYI) ||
+                            has(CROSS_ENTROPY) || SUMS_P || SUMS_Q;
+constexpr double UNIT = NEEDS_BOTH ? LOG_OF_2 : 1.0;
+constexpr bool ONLY_JS = has(JS) && COUNT == 1;
+constexpr bool DIVERGES = UNBOUNDED || has(JS) || has(TV) || has(HELLINGER2);
+
+DEVICE constexpr bool is_summed(int sum)
+{
+    switch (sum) {
+    case SUM_D: return DIVERGES;
+    case SUM_KL: return has(KL) || has(CROSS_ENTROPY) || has(RENYI);
+    case SUM_REVERSE: return has(REVERSE_KL) || has(REVERSE_RENYI);
+    case SUM_JS: return has(JS);
+    case SUM_H: return has(TV);
+    case SUM_NEAR: return has(TV);
+    case SUM_V: return has(TV);
+    case SUM_HELLINGER2: return has(HELLINGER2);
+    case SUM_JEFFREYS: return has(JEFFREYS);
+    case SUM_P: return SUMS_P;
+    case SUM_P_LOG_P: return SUMS_P;
+    case SUM_Q: return SUMS_Q;
+    case SUM_Q_LOG_Q: return SUMS_Q;
+    default: return TERM[sum - SUM_RENYI] == RENYI || TERM[sum - SUM_RENYI] == REVERSE_RENYI;
+    }
+}
+// Where a sum is among those that there are.
+DEVICE constexpr int place(int sum)
+{
+    int before = 0;
+    for (int i = 0; i < sum; ++i)
+        before += is_summed(i) ? 1 : 0;
+    return before;
+}
+template <int SUM>
+constexpr int PLACE = place(SUM);
+constexpr int SUMS = PLACE<SUM_RENYI + COUNT> > 0 ? PLACE<SUM_RENYI + COUNT> : 1;
+
+// A block's sum of exponentials beyond this has its reference moved.
+constexpr float LARGE = 4096.0f;
+// Sums and results below this may have lost terms to float32's range.
+constexpr double UNDERFLOW = 1e-30;
+// What delta is at most unless it is measured, and what share of a result may come from it.
+constexpr double DELTA = 2e-6, SHARE = 1e-3;
+// The largest log-ratio, times the order, of which float32 holds the exponential to 1e-6.
+constexpr double LARGEST_RATIO = 20.0;
+
+// Numbers in the state of a part: of the first phase, and from here on of the second.
+constexpr int STATE = 64, SECOND = 8;
+
+// log2(e)/T: what entries are multiplied with.
+DEVICE float factor(const Call& call)
+{
+    return float_of(call.p.inverse_temperature * LOG2_OF_E);
+}
+
+// --- a row, by the threads of a team, and by the teams of a cluster --------------------------
+
+// Shared memory of a team: what it shows to the other blocks of the cluster, the sums of the row, its
+// constants, and then vectors.
+constexpr int EXCHANGE = 768;
+DEVICE char* team_shared(const Call& call)
+{
+    const int resident = static_cast<int>(call.resident / VECTOR);
+    const int size = EXCHANGE + resident * static_cast<int>(sizeof(PairOfVectors));
+    return reinterpret_cast<char*>(kernel_shared()) + team_in_block() * size;
+}
+DEVICE double* team_exchange(const Call& call)
+{
+    return reinterpret_cast<double*>(team_shared(call));
+}
+
+// Join two numbers of every thread of a row.
+template <class JOIN>
+DEVICE void row_join(double (&values)[2], double* shared)
+{
+    team_join<JOIN>(values);
+    if constexpr (CLUSTER > 1) {
+        if (thread_index() == 0) {
+            shared[0] = values[0];
+            shared[1] = values[1];
+        }
+        cluster_barrier();
+        for (int rank = 0; rank < CLUSTER; ++rank) {
+            const double* other = in_block(shared, rank);
+            values[0] = rank ? JOIN::join(values[0], other[0]) : other[0];
+            values[1] = rank ? JOIN::join(values[1], other[1]) : other[1];
+        }
+        cluster_barrier();  // before anyone writes there again
+    }
+}
+
+DEVICE Top row_top(Top top, double* shared)
+{
+    top = team_top(top);
+    if constexpr (CLUSTER > 1) {
+        Top* mine = reinterpret_cast<Top*>(shared);
+        if (thread_index() == 0)
+            *mine = top;
+        cluster_barrier();
+        for (int rank = 0; rank < CLUSTER; ++rank)
+            top = better(top, *in_block(mine, rank));
+        cluster_barrier();
+    }
+    return top;
+}
+
+// The part of a pair of rows that a team has to do with: all of it, that of a block of a cluster, or
+// one of the parts of the launch.
+struct Share {
+    int64 row, part, first, width;
+
+    DEVICE Share(const Call& call, int64 item)
+    {
+        const int64 shares = CLUSTER > 1 ? CLUSTER : call.parts;
+        const int64 each = CLUSTER > 1
+                               ? (call.width + CLUSTER * VECTOR - 1) / (CLUSTER * VECTOR) * VECTOR
+                           : call.parts > 1 ? call.part_width
+                                            : call.width;
+        row = item / shares;
+        part = item % shares;
+        first = part * each < call.width ? part * each : call.width;
+        width = call.width - first < each ? call.width - first : each;
+    }
+};
+
+// Its entries, of which the first ones lie in shared memory.
+struct Piece {
+    PairOfRows rows;
+    Room room;
+    int resident;
+
+    DEVICE Piece(const Call& call, const Share& share)
+        : rows(call, share.row, share.first, share.width),
+          room(reinterpret_cast<Bytes16*>(team_shared(call) + EXCHANGE),
+               static_cast<int>(call.resident / VECTOR)),
+          resident(static_cast<int>(call.resident / VECTOR))
+    {
+        resident = resident < rows.vectors ? resident : rows.vectors;
+    }
+
+    DEVICE void fetch(int vector, float (&x)[VECTOR], float (&y)[VECTOR]) const
+    {
+        if (vector < resident)
+            room.unpack(vector, x, y);
+        else
+            rows.load(vector).unpack(x, y);
+    }
+};
+
+// --- the first phase -------------------------------------------------------------------------
+
+// What of a row's exponentials 2**(a x + k) a thread, or a part, has summed.
+struct Summed {
+    double k = 0.0, S = 0.0;
+    double largest = 0.0;  // sum of a few
+    Top top = {-INFINITY32, 1ll << 62};
+};
+
+// log2 p = a x + k; how much of the sum the largest few entries are; the top.
+struct Normalizer {
+    double k, share;
+    Top top;
+
+    // To and from the state of a part.
+    DEVICE void store(double* state) const
+    {
+        state[0] = k;
+        state[1] = share;
+        state[2] = double_of(top.value);
+        state[3] = static_cast<double>(top.index);
+    }
+    template <bool WITH_TOP>
+    static DEVICE Summed load(const double* states, int64 parts)
+    {
+        Summed sum;
+        double least = -INFINITY64;
+        for (int64 i = team_rank(); i < parts; i += TEAM)
+            least = larger(least, -states[i * STATE]);
+        sum.k = -least;
+        for (int64 i = team_rank(); i < parts; i += TEAM) {
+            const double* state = states + i * STATE;
+            const double part = state[0] == INFINITY64 ? 0.0 : exp2(sum.k - state[0]);
+            sum.S += part;
+            sum.largest = larger(sum.largest, state[1] * part);
+            if (WITH_TOP)
+                sum.top = better(sum.top, {float_of(state[2]), static_cast<int64>(state[3])});
+        }
+        return sum;
+    }
+};
+
+// log2 p = a x + kx, log2 q = a y + ky, log2(q/p) = a (y - x) + C.
+struct Constants {
+    Normalizer of_x, of_y;
+    double C;
+
+    // Of what all threads of a row have summed.
+    DEVICE Constants(const Summed& x, const Summed& y, double* shared)
+    {
+        double least[2] = {x.S == 0.0 ? -INFINITY64 : -x.k, y.S == 0.0 ? -INFINITY64 : -y.k};
+        row_join<Larger>(least, shared);
+        const double scale_x = x.S == 0.0 ? 0.0 : exp2(-least[0] - x.k);
+        const double scale_y = y.S == 0.0 ? 0.0 : exp2(-least[1] - y.k);
+        double sum[2] = {x.S * scale_x, y.S * scale_y};
+        row_join<Add>(sum, shared);
+        double share[2] = {x.largest * scale_x, y.largest * scale_y};
+        row_join<Larger>(share, shared);
+        of_x = {-least[0] - log2(sum[0]), share[0] / sum[0], x.top};
+        of_y = {-least[1] - log2(sum[1]), share[1] / sum[1], y.top};
+        if (TOP_P)
+            of_x.top = row_top(x.top, shared);
+        if (TOP_Q)
+            of_y.top = row_top(y.top, shared);
+        C = of_y.k - of_x.k;
+    }
+
+    DEVICE bool good() const { return fabs(of_x.k) < INFINITY64 && fabs(of_y.k) < INFINITY64; }
+
+    // Have the sum of q - p, which is D, vanish.
+    DEVICE void balance(double D) { C -= 2.0 * LOG2_OF_E * atanh(0.5 * D); }
+};
+
+// The exponentials of one row.
+struct Exponentials : Summed {
+    float reference = 0.0f;  // e = 2**(a x + reference)
+    float bound = 0.0f;      // what no entry before has been beyond
+    float few = 0.0f;        // the largest sum of a few of them
+
+    // What they come to.
+    DEVICE Summed summed() const
+    {
+        Summed result = *this;
+        result.k = double_of(reference);
+        result.largest = double_of(few);
+        return result;
+    }
+
+    DEVICE void start(const float (&x)[VECTOR], float a)
+    {
+        bound = largest_of(x);
+        const float of_tile = team_larger(bound);
+        // Who has it takes it as a top.
+        bound = bound == of_tile ? -INFINITY32 : of_tile;
+        if (of_tile > -INFINITY32) {
+            reference = -of_tile * a;
+            S = reference > -INFINITY32 ? 0.0 : NAN64;
+        }
+    }
+
+    DEVICE void see(const float (&x)[VECTOR], int64 first)
+    {
+        const float found = largest_of(x);
+        if (found > bound) {
+            bound = found;
+            top = {found, first + place_of(x, found)};
+        }
+    }
+
+    // Have a reference that an entry does not go beyond.
+    DEVICE void refer_to(float entry, float a)
+    {
+        const float moved = -entry * a;
+        if (!(moved < reference))
+            return;
+        const double factor = exp2(double_of(moved) - double_of(reference));
+        S = moved > -INFINITY32 ? S * factor : NAN64;
+        few *= float_of(factor);
+        reference = moved;
+    }
+
+    DEVICE void add(float sum)
+    {
+        S += double_of(sum <= LARGE ? sum : NAN32);
+        few = larger(few, sum);
+    }
+};
+
+// Sums of exponentials of both rows over the vectors first, first + TEAM, ... before `stop`.
+struct SumsOfFew {
+    float x = 0.0f, y = 0.0f;
+
+    DEVICE SumsOfFew(const Piece& piece, int first, int stop, float a, Exponentials& of_x,
+                     Exponentials& of_y)
+    {
+        for (int vector = first; vector < stop; vector += TEAM) {
+            float entry_x[VECTOR], entry_y[VECTOR];
+            piece.fetch(vector, entry_x, entry_y);
+            if (TOP_P)
+                of_x.see(entry_x, piece.rows.index(vector));
+            if (TOP_Q)
+                of_y.see(entry_y, piece.rows.index(vector));
+#pragma unroll
+            for (int i = 0; i < VECTOR; ++i) {
+                x += exp2_approx(fma32(entry_x[i], a, of_x.reference));
+                y += exp2_approx(fma32(entry_y[i], a, of_y.reference));
+            }
+        }
+    }
+    DEVICE bool fit() const { return x <= LARGE && y <= LARGE; }
+};
+
+DEVICE void copy(const Piece& piece, int first)
+{
+    const PairOfRows& rows = piece.rows;
+#pragma unroll
+    for (int i = 0; i < BLOCK; ++i) {
+        const int vector = first + i * TEAM;
+        if (vector < piece.resident)
+            rows.copy(vector, piece.room, vector);
+    }
+    end_batch();
+}
+
+DEVICE void read(const Piece& piece, float a, Exponentials& of_x, Exponentials& of_y)
+{
+    constexpr int STEP = BLOCK * TEAM;
+    const int vectors = piece.rows.vectors;
+    copy(piece, team_rank());
+    await_batches<0>();
+    float x[VECTOR], y[VECTOR];
+    piece.fetch(team_rank(), x, y);
+    of_x.start(x, a);
+    of_y.start(y, a);
+    copy(piece, team_rank() + STEP);
+    for (int first = team_rank(); first < vectors; first += STEP) {
+        const int stop = first + STEP < vectors ? first + STEP : vectors;
+        SumsOfFew sums(piece, first, stop, a, of_x, of_y);
+        if (!sums.fit()) {
+            float largest_x = -INFINITY32, largest_y = -INFINITY32;
+            for (int vector = first; vector < stop; vector += TEAM) {
+                piece.fetch(vector, x, y);
+                largest_x = larger(largest_x, largest_of(x));
+                largest_y = larger(largest_y, largest_of(y));
+            }
+            of_x.refer_to(largest_x, a);
+            of_y.refer_to(largest_y, a);
+            sums = SumsOfFew(piece, first, stop, a, of_x, of_y);
+        }
+        of_x.add(sums.x);
+        of_y.add(sums.y);
+        copy(piece, first + 2 * STEP);
+        await_batches<1>();
+    }
+    await_batches<0>();
+}
+
+// --- the second phase ------------------------------------------------------------------------
+
+// A number in float32, and what that leaves.
+struct Split {
+    float whole, rest;
+
+    DEVICE Split(double number) : whole(float_of(number)), rest(float_of(number - whole)) {}
+};
+
+// The sums of a row, and after them the largest |t|, lie in shared memory, as do its constants.
+constexpr int NUMBERS = SUMS + 1;
+static_assert(8 * NUMBERS <= EXCHANGE / 3, "sums beyond their place in shared memory");
+DEVICE double* row_sums(const Call& call) { return team_exchange(call) + EXCHANGE / 24; }
+DEVICE Constants& row_constants(const Call& call)
+{
+    return *reinterpret_cast<Constants*>(team_exchange(call) + EXCHANGE / 12);
+}
+
+// Put them there, from what each thread has of them.
+DEVICE void put_together(const Call& call, const double (&sums)[SUMS], double high)
+{
+    double* here = CLUSTER > 1 ? team_exchange(call) : row_sums(call);
+    constexpr int AT_ONCE = 8;
+    team_barrier();
+#pragma unroll
+    for (int first = 0; first < SUMS; first += AT_ONCE) {
+        double some[AT_ONCE];
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i)
+            some[i] = first + i < SUMS ? sums[first + i] : 0.0;
+        team_add(some);
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i) {
+            if (team_rank() == 0 && first + i < SUMS)
+                here[first + i] = some[i];
+        }
+    }
+    high = team_larger(high);
+    if (team_rank() == 0)
+        here[SUMS] = high;
+    if constexpr (CLUSTER > 1) {
+        cluster_barrier();
+        for (int i = team_rank(); i < NUMBERS; i += TEAM) {
+            double total = 0.0;
+            for (int rank = 0; rank < CLUSTER; ++rank) {
+                const double other = *in_block(here + i, rank);
+                total = i < SUMS ? total + other : larger(total, other);
+            }
+            row_sums(call)[i] = total;
+        }
+        cluster_barrier();
+    } else {
+        team_barrier();
+    }
+}
+
+// Add to the sums of a few entries those of Renyi divergences.
+template <int I>
+DEVICE void add_renyi(float (&few)[SUMS], float p, float q, float t, const float (&beta)[COUNT])
+{
+    if constexpr (is_summed(SUM_RENYI + I)) {
+        constexpr bool REVERSE = TERM[I] == REVERSE_RENYI;
+        float& sum = few[PLACE<SUM_RENYI + I>];
+        const float exponent = smaller(REVERSE ? beta[I] * t : -beta[I] * t, FARTHEST);
+        sum = fma32(REVERSE ? q : p, phi(exponent), sum);
+    }
+    if constexpr (I + 1 < COUNT)
+        add_renyi<I + 1>(few, p, q, t, beta);
+}
+
+// Sum the terms of a row; or, for BALANCE, q - p alone. EXACTLY carries along what y - x rounds off
+// and the constants leave; without it the one counts as noise, and of the others C's is in delta.
+template <bool EXACTLY, bool BALANCE>
+OUTLINED void sum_terms(const Call& call, Share share)
+{
+    // JS alone does without knowing delta, unless it is to be exact.
+    constexpr bool MEASURES = BALANCE || (DIVERGES && (EXACTLY || !ONLY_JS));
+    constexpr bool ONLY_H = !NEEDS_BOTH;
+    const Piece piece(call, share);
+    const float a = factor(call);
+    const Constants& constants = row_constants(call);
+    const Split kx(constants.of_x.k), ky(constants.of_y.k), c(constants.C);
+    const int64 top_p = constants.of_x.top.index - share.first;
+    const int64 top_q = constants.of_y.top.index - share.first;
+    float beta[COUNT];
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i)
+        beta[i] = float_of(call.parameters[i]);
+    double sums[SUMS] = {};
+    float high = 0.0f;
+
+    for (int vector = team_rank(); vector < piece.rows.vectors;) {
+        float few[SUMS] = {};
+#pragma unroll 1
+        for (int n = 0; n < BLOCK && vector < piece.rows.vectors; ++n, vector += TEAM) {
+            float x[VECTOR], y[VECTOR], tau[VECTOR], m[VECTOR];
+            piece.fetch(vector, x, y);
+            const int64 index = piece.rows.index(vector);
+            const int hole_p = top_p - index >= 0 && top_p - index < VECTOR
+                                   ? static_cast<int>(top_p - index)
+                                   : -1;
+            const int hole_q = top_q - index >= 0 && top_q - index < VECTOR
+                                   ? static_cast<int>(top_q - index)
+                                   : -1;
+#pragma unroll
+            for (int i = 0; i < VECTOR; ++i) {
+                float u = fma32(x[i], a, kx.whole), v = fma32(y[i], a, ky.whole), t;
+                if constexpr (EXACTLY) {
+                    const Difference32 d(y[i], x[i]);
+                    u += kx.rest;
+                    v += ky.rest;
+                    // What is lost is NaN where the difference is infinite.
+                    t = fma32(d.value, a, c.whole) + fma32(larger(d.lost, -1e30f), a, c.rest);
+                } else {
+                    t = fma32(y[i] - x[i], a, c.whole);
+                }
+                // Entries that are -inf in both rows have m = 0 and any tau.
+                tau[i] = smaller(fabs(t), FARTHEST);
+                m[i] = exp2_approx(larger(u, v));
+                if constexpr (UNBOUNDED)
+                    high = larger(high, fabs(t));
+                const Power power(-tau[i]);  // the smaller one over the larger one
+                const float mh = m[i] * (ONLY_H ? one_minus_exp2(tau[i]) : -power.less_1);
+                if constexpr (MEASURES)
+                    few[PLACE<SUM_D>] += sign_of(mh, t);
+                if constexpr (BALANCE)
+                    continue;
+                const bool q_is_larger = t > 0.0f;
+                if constexpr (is_summed(SUM_KL)) {
+                    const float term = q_is_larger ? power.psi : power.phi;
+                    few[PLACE<SUM_KL>] = fma32(m[i], term, few[PLACE<SUM_KL>]);
+                }
+                if constexpr (is_summed(SUM_REVERSE)) {
+                    const float term = q_is_larger ? power.phi : power.psi;
+                    few[PLACE<SUM_REVERSE>] = fma32(m[i], term, few[PLACE<SUM_REVERSE>]);
+                }
+                if constexpr (is_summed(SUM_H))
+                    few[PLACE<SUM_H>] += mh;
+                if constexpr (is_summed(SUM_V)) {
+                    if (tau[i] < static_cast<float>(2.0 * DELTA))
+                        few[PLACE<SUM_NEAR>] += m[i];
+                    else
+                        few[PLACE<SUM_V>] += sign_of(m[i], t);
+                }
+                if constexpr (is_summed(SUM_JEFFREYS))
+                    few[PLACE<SUM_JEFFREYS>] = fma32(mh, tau[i], few[PLACE<SUM_JEFFREYS>]);
+                if constexpr (is_summed(SUM_HELLINGER2)) {
+                    const float root = one_minus_exp2(0.5f * tau[i]);
+                    few[PLACE<SUM_HELLINGER2>] =
+                        fma32(m[i] * root, root, few[PLACE<SUM_HELLINGER2>]);
+                }
+                const float p = q_is_larger ? m[i] * power.whole : m[i];
+                const float q = q_is_larger ? m[i] : m[i] * power.whole;
+                if constexpr (SUMS_P) {
+                    if (i != hole_p) {
+                        few[PLACE<SUM_P>] += p;
+                        few[PLACE<SUM_P_LOG_P>] =
+                            fma32(p, larger(u, -200.0f), few[PLACE<SUM_P_LOG_P>]);
+                    }
+                }
+                if constexpr (SUMS_Q) {
+                    if (i != hole_q) {
+                        few[PLACE<SUM_Q>] += q;
+                        few[PLACE<SUM_Q_LOG_Q>] =
+                            fma32(q, larger(v, -200.0f), few[PLACE<SUM_Q_LOG_Q>]);
+                    }
+                }
+                if constexpr (has(RENYI) || has(REVERSE_RENYI))
+                    add_renyi<0>(few, p, q, sign_of(tau[i], t), beta);
+            }
+            if constexpr (has(JS) && !BALANCE) {
+                float k[VECTOR];
+#pragma unroll
+                for (int i = 0; i < VECTOR; ++i)
+                    k[i] = js_near(tau[i]);
+                if (largest_of(tau) > 2.0f) {
+#pragma unroll
+                    for (int i = 0; i < VECTOR; ++i)
+                        k[i] = tau[i] > 2.0f ? js_far(tau[i]) : k[i];
+                }
+#pragma unroll
+                for (int i = 0; i < VECTOR; ++i)
+                    few[PLACE<SUM_JS>] = fma32(m[i], k[i], few[PLACE<SUM_JS>]);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < SUMS; ++i)
+            sums[i] += double_of(few[i]);
+    }
+    put_together(call, sums, double_of(high));
+}
+
+// --- results ---------------------------------------------------------------------------------
+
+// Put those of all parts of a row together.
+DEVICE void put_parts_together(const Call& call, int64 row)
+{
+    const volatile double* states = call.states + row * call.parts * STATE + SECOND;
+#pragma unroll 1
+    for (int i = 0; i < NUMBERS; ++i) {
+        double value = 0.0;
+        for (int64 part = team_rank(); part < call.parts; part += TEAM) {
+            const double other = states[part * STATE + i];
+            value = i < SUMS ? value + other : larger(value, other);
+        }
+        value = i < SUMS ? team_add(value) : team_larger(value);
+        if (team_rank() == 0)
+            row_sums(call)[i] = value;
+    }
+    team_barrier();
+}
+
+enum Worth { GOOD, NOT_YET, UNDONE };
+
+// What becomes of the sums of a row.
+struct Results {
+    const Call& call;
+    const Constants& constants;
+    const double* sums;
+    int64 number;
+    double a;
+    bool exactly, writes;
+    double delta, noise, scale;
+    double least = INFINITY64;  // of all divergences
+    bool again = false, is_even;
+
+    DEVICE Results(const Call& call, int64 number, bool exactly, bool writes)
+        : call(call), constants(row_constants(call)), sums(row_sums(call)), number(number),
+          a(factor(call)), exactly(exactly), writes(writes)
+    {
+        // What the rounding of y - x, where it is about c, may make of a divergence: errors of
+        // c 2**-24 in t, which average out over the symbols that carry the mass.
+        const double c = fabs(constants.C) * LOG_OF_2;
+        const double share = larger(constants.of_x.share, constants.of_y.share);
+        noise = exactly ? 0.0 : c > 16.0 ? INFINITY64 : c * c * share / 100.0;
+        // And how much larger 2**kx, 2**ky make all terms than they do in float32.
+        const double rest_x = Split(constants.of_x.k).rest, rest_y = Split(constants.of_y.k).rest;
+        scale = exactly ? 1.0 : exp2(0.5 * (rest_x + rest_y));
+        is_even = exactly || fabs(rest_x - rest_y) < 1e-6;
+        if (!is_even)
+            noise = INFINITY64;
+        delta = DIVERGES ? UNIT * of<SUM_D>() : 0.0;
+    }
+
+    template <int SUM>
+    DEVICE double of() const
+    {
+        return sums[PLACE<SUM>] * scale;
+    }
+
+    // A divergence of which `second` delta**2 is to be taken away.
+    DEVICE Worth divergence(double& value, double second)
+    {
+        if (ONLY_JS && !exactly) {
+            if (!(second * DELTA * DELTA <= 2e-7 * value))
+                return NOT_YET;
+        } else {
+            const double off = second * delta * delta;
+            value -= off;
+            if (!(fabs(off) <= SHARE * value))
+                return NOT_YET;
+        }
+        least = smaller(least, value);
+        return noise <= value ? GOOD : NOT_YET;
+    }
+
+    template <bool REVERSE>
+    DEVICE Worth renyi(double& value, double sum, double beta)
+    {
+        const double off = 0.5 * beta * (beta + 1.0) * delta * delta;
+        const double kl = REVERSE ? of<SUM_REVERSE>() : of<SUM_KL>();
+        value = fma64(beta, kl, sum) * LOG_OF_2 - off;
+        value = log1p(value) / beta;
+        if (sums[SUMS] * larger(1.0, fabs(beta)) > LARGEST_RATIO)
+            return UNDONE;
+        if (!(fabs(off) <= SHARE * fabs(beta) * value) || !(noise <= value))
+            return NOT_YET;
+        least = smaller(least, value);
+        return GOOD;
+    }
+
+    // S and U of a row, without its top; see single_pass.cu.
+    DEVICE Worth rest(const Normalizer& of, double sum, double sum_log, double& S, double& U) const
+    {
+        const double k = exactly ? of.k : double_of(Split(of.k).whole);
+        const double log_top = fma64(double_of(of.top.value), a, k), up = exp2(-log_top);
+        S = sum * up;
+        U = LOG_OF_2 * (log_top * sum - sum_log) * up;
+        if (!is_even)
+            return NOT_YET;
+        return S >= UNDERFLOW && U < INFINITY64 ? GOOD : UNDONE;
+    }
+
+    DEVICE Worth statistics(const Rows& rows, const Normalizer& of, double S, double U, Worth worth,
+                            double* results) const
+    {
+        const double top = double_of(of.top.value), inverse = rows.inverse_temperature;
+        results[0] = worth == GOOD ? top * inverse : UNFINISHED;
+        results[1] = S;
+        results[2] = U;
+        results[3] = static_cast<double>(of.top.index);
+        const int64 token = call.tokens ? call.tokens[number] : -1;
+        results[4] = NAN64;
+        if (token >= 0 && token < call.width) {
+            const char* row = row_address(rows, number);
+            const int size = rows.dtype == FLOAT32 ? 4 : 2;
+            results[4] = (entry64(row + token * size, rows.dtype) - top) * inverse;
+        }
+        return worth;
+    }
+
+    template <int I>
+    DEVICE void finish(double* results, bool rows_differ)
+    {
+        constexpr Term term = TERM[I];
+        double value = 0.0, S = 0.0, U = 0.0, five[5];
+        Worth worth = GOOD;
+        if constexpr (SUMS_P && (term == CROSS_ENTROPY || term == STATISTICS_P))
+            worth = rest(constants.of_x, sums[PLACE<SUM_P>], sums[PLACE<SUM_P_LOG_P>], S, U);
+        if constexpr (SUMS_Q && term == STATISTICS_Q)
+            worth = rest(constants.of_y, sums[PLACE<SUM_Q>], sums[PLACE<SUM_Q_LOG_Q>], S, U);
+        if constexpr (term == STATISTICS_P || term == ARGMAX_P)
+            worth = statistics(call.p, constants.of_x, S, U, worth, five);
+        if constexpr (term == STATISTICS_Q || term == ARGMAX_Q)
+            worth = statistics(call.q, constants.of_y, S, U, worth, five);
+        if constexpr (term == KL || term == CROSS_ENTROPY) {
+            value = of<SUM_KL>() * LOG_OF_2;
+            // What the entropy outweighs by far needs not be as accurate.
+            const double entropy = term == KL ? 0.0 : log1p(S) + U / (1.0 + S);
+            const double before = least;
+            const Worth of_kl = divergence(value, 0.5);
+            if (term == KL || of_kl == GOOD || !(fabs(value) <= 1e-7 * entropy))
+                worth = worth == GOOD ? of_kl : worth;
+            if (term != KL)
+                least = before;
+            value += entropy;
+        }
+        if constexpr (term == REVERSE_KL) {
+            value = of<SUM_REVERSE>() * LOG_OF_2;
+            worth = divergence(value, 0.5);
+        }
+        if constexpr (term == JEFFREYS) {
+            value = of<SUM_JEFFREYS>() * (UNIT * LOG_OF_2);
+            worth = divergence(value, 1.0);
+        }
+        if constexpr (term == JS) {
+            value = of<SUM_JS>();
+            worth = divergence(value, 0.125);
+            value = smaller(value, LOG_OF_2);
+        }
+        if constexpr (term == HELLINGER2) {
+            value = 0.5 * of<SUM_HELLINGER2>();
+            worth = divergence(value, 0.125);
+            value = smaller(value, 1.0);
+        }
+        if constexpr (term == TV) {
+            // Of first order in delta, half of which is taken from one row and half given to the
+            // other, but where that may change a sign.
+            value = 0.5 * UNIT * of<SUM_H>() - 0.25 * delta * (2.0 * of<SUM_V>() - delta);
+            const double wrong = 2.0 * fabs(delta) * of<SUM_NEAR>();
+            const bool right = fabs(delta) <= DELTA && wrong <= larger(1e-6 * value, 1e-12);
+            worth = right && noise <= value * value ? GOOD : NOT_YET;
+            if (worth == GOOD)
+                least = smaller(least, value);
+            value = smaller(value, 1.0);
+        }
+        if constexpr (term == RENYI || term == REVERSE_RENYI)
+            worth = renyi<term == REVERSE_RENYI>(value, of<SUM_RENYI + I>(), call.parameters[I]);
+        constexpr bool INFINITE = term <= REVERSE_RENYI || term == JEFFREYS || term == CROSS_ENTROPY;
+        if (INFINITE && !(sums[SUMS] <= FARTHEST))
+            worth = UNDONE;
+        again = again || worth == NOT_YET;
+        if (writes) {
+            if constexpr (COLUMNS<I> == 5) {
+#pragma unroll
+                for (int i = 0; i < 5; ++i)
+                    results[i] = five[i];
+            } else {
+                const bool lost = value < UNDERFLOW && rows_differ;
+                results[0] = worth == GOOD && !lost ? larger(value, 0.0) : UNFINISHED;
+            }
+        }
+        if constexpr (I + 1 < COUNT)
+            finish<I + 1>(results + COLUMNS<I>, rows_differ);
+    }
+};
+
+struct Verdict {
+    bool again;    // whether sums that are more exact would tell more
+    double least;  // the smallest divergence
+};
+DEVICE Verdict& row_verdict(const Call& call)
+{
+    return *reinterpret_cast<Verdict*>(&row_constants(call) + 1);
+}
+
+OUTLINED Verdict finish(const Call& call, int64 number, bool exactly, bool writes, bool rows_differ)
+{
+    Results results(call, number, exactly, writes);
+    results.finish<0>(call.values + number * call.columns, rows_differ);
+    return {results.again, results.least};
+}
+
+// The same value in the first column of every term.
+template <int I>
+DEVICE void fill(double* results, double value)
+{
+    results[0] = value;
+    if constexpr (I + 1 < COUNT)
+        fill<I + 1>(results + COLUMNS<I>, value);
+}
+
+// Find the constants of a row, or in phase 1 those of a part.
+OUTLINED void find_constants(const Call& call, Share share)
+{
+    double* states = call.states + share.row * call.parts * STATE;
+    double* shared = team_exchange(call);
+    Summed x, y;
+    if (call.phase == 2) {
+        x = Normalizer::load<TOP_P>(states, call.parts);
+        y = Normalizer::load<TOP_Q>(states + SECOND / 2, call.parts);
+    } else {
+        Exponentials of_x, of_y;
+        read(Piece(call, share), factor(call), of_x, of_y);
+        x = of_x.summed();
+        y = of_y.summed();
+        x.top.index += share.first;
+        y.top.index += share.first;
+    }
+    const Constants constants(x, y, shared);
+    if (call.phase == 1 && team_rank() == 0) {
+        constants.of_x.store(states + share.part * STATE);
+        constants.of_y.store(states + share.part * STATE + SECOND / 2);
+    }
+    team_barrier();
+    if (team_rank() == 0)
+        row_constants(call) = constants;
+    team_barrier();
+}
+
+KERNEL(THREADS, BLOCKS) two_phase(ARGUMENT Call call)
+{
+    // See one_pass.cu.
+    constexpr bool WIDE = Entry<DTYPE_P>::size == 4 && Entry<DTYPE_Q>::size == 4;
+    const int64 step = block_count() * TEAMS;
+    const int64 items = call.count * (CLUSTER > 1 ? CLUSTER : call.parts);
+    for (int64 item = block_index() * TEAMS + team_in_block(); item < items; item += step) {
+        const Share share(call, item);
+        double* results = call.values + share.row * call.columns;
+        const bool leads = team_rank() == 0 && share.part == 0;
+        if (!is_read(call, share.row)) {
+            if (leads)
+                fill<0>(results, NAN64);
+            continue;
+        }
+        find_constants(call, share);
+        if (call.phase == 1)
+            continue;
+        if (!row_constants(call).good()) {
+            if (leads)
+                fill<0>(results, UNFINISHED);
+            continue;
+        }
+
+        // As it is; then carrying along what y - x rounds off; then with delta out of C, and what
+        // is left of that out of it.
+        constexpr int PLAIN = 0, EXACTLY = 1, BALANCED = 2, LAST = 3;
+        for (int attempt = WIDE || call.parts > 1 ? EXACTLY : PLAIN;; ++attempt) {
+            if (attempt >= BALANCED) {
+                sum_terms<true, true>(call, share);
+                if (team_rank() == 0)
+                    row_constants(call).balance(UNIT * row_sums(call)[PLACE<SUM_D>]);
+                team_barrier();
+            }
+            if (attempt == PLAIN)
+                sum_terms<false, false>(call, share);
+            else
+                sum_terms<true, false>(call, share);
+            if (call.parts > 1) {
+                double* states = call.states + share.row * call.parts * STATE;
+                if (team_rank() == 0) {
+                    for (int i = 0; i < NUMBERS; ++i)
+                        states[share.part * STATE + SECOND + i] = row_sums(call)[i];
+                }
+                if (!is_last_part(call, share.row))
+                    break;
+                put_parts_together(call, share.row);
+            }
+            if (team_rank() == 0)
+                row_verdict(call) = finish(call, share.row, attempt != PLAIN, false, false);
+            team_barrier();
+            const Verdict verdict = row_verdict(call);
+            if (verdict.again && attempt < LAST && call.parts == 1)
+                continue;
+            bool differ = false;
+            if (verdict.least < UNDERFLOW)
+                differ = PairOfRows(call, share.row, 0, call.width).differ();
+            if (leads || (team_rank() == 0 && call.parts > 1))
+                finish(call, share.row, attempt != PLAIN, true, differ);
+            break;
+        }
+    }
+}
