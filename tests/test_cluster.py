@@ -111,7 +111,8 @@ def test_what_is_done_is_not_done_again(capfd: pytest.CaptureFixture[str]) -> No
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("files")
-def test_a_scheduler_that_is_not_there() -> None:
+def test_a_scheduler_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("klfast._cluster.CONNECT_SECONDS", 1)
     with pytest.raises(klfast.SourceError, match="cannot be reached"):
         klfast.evaluate("base.npy", "test-*.npz", dask="tcp://127.0.0.1:9")
 

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 __all__ = ["run_on"]
 
+#: How long a scheduler has to answer.
+CONNECT_SECONDS = 20
+
 
 def run_on(
     address: str,
@@ -101,7 +104,7 @@ def _client(address: str) -> Iterator[Any]:
             yield client
         return
     try:
-        client = distributed.Client(address, timeout="20s")
+        client = distributed.Client(address, timeout=CONNECT_SECONDS)
     except (OSError, TimeoutError, ValueError) as error:
         raise SourceError(f"--dask {address}: cannot be reached ({_reason(error)})") from None
     with client:
