@@ -42,7 +42,7 @@ from .mathematics import (
     exp2_32,
     exp2_and_rest_32,
     inline,
-    log_32,
+    log_ratio_32,
     one_minus_exp2_32,
 )
 from .normalization import FAR, larger_power, normalization, subtraction
@@ -104,10 +104,9 @@ def formulas(operation, side):
             if far:
                 own = where(own_larger, 1.0, rest) * own_weight
                 other = where(own_larger, rest, 1.0) * other_weight
-                return log_32(own / mixed, other / mixed)
-            log = log_32(
-                where(own_larger, mixed, rest / mixed),
-                where(own_larger, s, h * other_weight / mixed),
+                return log_ratio_32(own, mixed, other)
+            log = log_ratio_32(
+                where(own_larger, mixed, rest), where(own_larger, 1.0, mixed), h * other_weight
             )
             return where(own_larger, -log, log)
         return t * (LN_2 * sign)
@@ -346,7 +345,7 @@ def build(operation, sides, dtype_p, dtype_q, dtype_into_p, dtype_into_q):
                 y = row_address(q, q_stride, q_offsets, row)
                 out_p = row_address(into_p, into_p_stride, into_p_offsets, row) if to_p else 0
                 out_q = row_address(into_q, into_q_stride, into_q_offsets, row) if to_q else 0
-                value = peek_f64(values + 8 * row)
+                value = peek_f64(values + 8 * row) * LOG2_E
                 scale_p = peek_f64(scales + 16 * row) * inverse_temperature
                 scale_q = peek_f64(scales + 16 * row + 8) * inverse_temperature
                 if scale_p == 0.0 and scale_q == 0.0:

@@ -18,6 +18,7 @@ from .simd import (
     HAS_SCALEF,
     fma,
     fraction32,
+    hany,
     log_split32,
     log_split64,
     pow2,
@@ -124,17 +125,30 @@ def one_minus_exp2_32(tau):
 
 
 @inline
-def log_32(x, missing):
-    """log(x) of float32 x in (0, 1], where ``missing`` is 1 - x to full accuracy; 2e-7."""
-    e = log_split32(x)
-    m = x * pow2(-e)
-    near = e == 0.0
-    s = where(near, -missing / (2.0 - missing), (m - 1.0) / (m + 1.0))
+def _twice_atanh_32(s):
+    """2 atanh(s) for abs(s) <= 0.1716."""
     z = s * s
     p = fma(z, 1 / 9, 1 / 7)
     p = fma(p, z, 1 / 5)
     p = fma(p, z, 1 / 3)
-    return fma(e, LN_2, 2.0 * s * fma(p, z, 1.0))
+    return 2.0 * s * fma(p, z, 1.0)
+
+
+@inline
+def log_ratio_32(a, b, missing):
+    """log(a/b) of float32 a <= b, where ``missing`` is b - a to full accuracy; 2e-7.
+
+    One division does where a/b > sqrt(1/2); two more are jumped over when no lane needs them.
+    """
+    s = missing / (a + b)
+    log = -_twice_atanh_32(s)
+    apart = s > 0.17157
+    if hany(apart):
+        x = a / b
+        e = log_split32(x)
+        m = x * pow2(-e)
+        log = where(apart, fma(e, LN_2, _twice_atanh_32((m - 1.0) / (m + 1.0))), log)
+    return log
 
 
 # --- float64 ---------------------------------------------------------------------------
