@@ -20,9 +20,10 @@ Where one token has nearly all the mass, or log(p/q) is nearly the same all over
 smaller than the numbers that it is the difference of, and W must be right far beyond float32.
 Where log p/q or log q itself is what a mean is taken off, the mean goes into its constant, which is
 held in two parts, so that the difference is rounded once, after it has cancelled; the value is a
-first guess of the mean, the sum of the entries that it leads to corrects it.  Of Renyi this is R:
+first guess of the mean, the sum of the entries that it leads to corrects it (p, and q, have
+mass 1).  Of Renyi this is R:
 e is -(alpha-1) s with s = t + R over p, and -alpha s with s = t + R (alpha-1)/alpha over q; the sum
-of r - p, over that of p, is what S is off, relatively.  The mean of total variation is
+of r - p is what S is off, relatively.  The mean of total variation is
 1/2 (above - below) for the masses where q > p and q < p, each summed on its own (ties are half in
 either): sign/2 - W is ``below`` or -``above``.
 
@@ -41,6 +42,7 @@ from .mathematics import (
     LOG2_E,
     exp2_32,
     exp2_and_rest_32,
+    exp2_minus_one_32,
     inline,
     log_ratio_32,
     one_minus_exp2_32,
@@ -50,11 +52,13 @@ from .rowloop import BLOCK, f32, f64, row_address, task_row
 from .simd import (
     ITEMSIZE,
     LANES32,
+    beyond,
     copysign,
     f32v,
     fetch_add,
     fma,
     fold64,
+    hany,
     hsum,
     loader,
     peek_f64,
@@ -74,6 +78,10 @@ CENTRED = {"js": "pq", "tv": "pq", "jeffreys": "pq"}
 
 #: Those where it is taken off a constant of the exponents.
 SHIFTED = {"kl": "p", "renyi": "pq", "cross_entropy": "p"}
+
+#: Where log2(q/p) is no larger, q - p is p (2**t - 1): what p loses where it underflows is then
+#: next to nothing in q as well.  Vectors with larger ones, which are few, go by the larger of both.
+NEAR = 16.0
 
 #: Gradients that are multiples of more than this are left to the reference.
 LARGEST = 1e30
@@ -120,9 +128,11 @@ def formulas(operation, side):
         if renyi:
             # The difference of r and own, from the exponent e of r over own.
             e = exponent * (-beta if of_p else -alpha)
-            h = one_minus_exp2_32(vmin(vabs(e), FAR))
-            size = exp2_32((u if of_p else v) + vmax(e, 0.0)) * h
-            return copysign(size, e * (1.0 if of_p else -1.0))
+            own, sign = (u, 1.0) if of_p else (v, -1.0)
+            if hany(vabs(e) > NEAR):
+                h = one_minus_exp2_32(vmin(vabs(e), FAR))
+                return copysign(exp2_32(own + vmax(e, 0.0)) * h, e * sign)
+            return exp2_32(own) * exp2_minus_one_32(e) * sign
         if shifted:
             return exp2_32(u) * (exponent * -LN_2)
         own, sign = (p_, -1.0) if of_p else (q_, 1.0)
@@ -162,10 +172,12 @@ def build(operation, sides, dtype_p, dtype_q, dtype_into_p, dtype_into_q):
     renyi = operation == "renyi"
     cross = operation == "cross_entropy"
     tv = operation == "tv"
+    # Whether p and q - p give all that is asked for, where they are close.
+    brief = operation in ("tv", "jeffreys") or (operation in ("kl", "cross_entropy") and to_q)
 
     @inline
     def pair(p, q, a, constants):
-        """p, q, q - p, log2 p, log2 q, t, 2**-tau and h of one vector.
+        """p, q, q - p, log2 p, log2 q, t, and for Jensen-Shannon 2**-tau and h of one vector.
 
         p = q = 0 where both are -inf.
         """
@@ -174,6 +186,10 @@ def build(operation, sides, dtype_p, dtype_q, dtype_into_p, dtype_into_q):
         v = fma(q, a, ky0) + ky1
         d, lost = difference(p, q)
         t = fma(d, a, c0) + fma(lost, a, c1)
+        if brief and not hany(beyond(vabs(t), NEAR)):
+            m = exp2_32(u)
+            change = m * exp2_minus_one_32(t)
+            return m, m + change, change, u, v, t, t, t
         t = vmin(vmax(t, -1e30), 1e30)  # a NaN from -inf - -inf becomes a number; there M is 0
         m = exp2_32(vmax(u, v))
         tau = vabs(t)
@@ -268,11 +284,9 @@ def build(operation, sides, dtype_p, dtype_q, dtype_into_p, dtype_into_q):
                 if shift_p:
                     z = exponent(p, q, a, shift_of_p)
                     s = s + entry_p(terms, z, none, alpha, beta, wp, wq, far)
-                    n = n + exp2_32(terms[3])
                 if shift_q:
                     z = exponent(p, q, a, shift_of_q)
                     r = r - entry_q(terms, z, none, alpha, beta, wq, wp, far)
-                    o = o + exp2_32(terms[4])
             total_p = total_p + fold64(s)
             total_q = total_q + fold64(r)
             mass_p = mass_p + fold64(n)
@@ -288,11 +302,11 @@ def build(operation, sides, dtype_p, dtype_q, dtype_into_p, dtype_into_q):
         return halves(total / mass)
 
     @inline
-    def correction(total, mass, order):
+    def correction(total, order):
         """How far the exponents are from where the gradient's entries add up to 0."""
         if renyi:
-            return math.log1p(total / mass) * LOG2_E / order
-        return total / mass * LOG2_E
+            return math.log1p(total) * LOG2_E / order
+        return total * LOG2_E
 
     @inline
     def write(x, y, out_p, out_q, width, a, constants, scale_p, scale_q, shift_of_p, shift_of_q,
@@ -388,13 +402,13 @@ def build(operation, sides, dtype_p, dtype_q, dtype_into_p, dtype_into_q):
                         of_q = mean(total_q, mass_q)
                     if shift_p:
                         if powers:
-                            scale_p *= 1.0 + total_p / mass_p
-                        shift_of_p += correction(total_p, mass_p, beta)
+                            scale_p *= 1.0 + total_p
+                        shift_of_p += correction(total_p, beta)
                         usable = abs(shift_of_p) < math.inf
                     if shift_q:
                         if powers:
-                            scale_q *= 1.0 + total_q / mass_q
-                        shift_of_q += correction(total_q, mass_q, alpha)
+                            scale_q *= 1.0 + total_q
+                        shift_of_q += correction(total_q, alpha)
                         usable = usable and abs(shift_of_q) < math.inf
                 if not usable:
                     poke_i64(redo + 8 * (fetch_add(redo, 1) + 1), row)

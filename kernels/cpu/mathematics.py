@@ -105,17 +105,30 @@ def phi_32(t):
 
 
 @inline
-def exp2_and_rest_32(tau):
-    """2**-tau, and 1 - 2**-tau without cancellation, for 0 <= tau <= 126."""
-    n = rint(-tau)
-    r = -tau - n
+def _reduced_32(t):
+    """2**n and 2**r - 1 with t = n + r, for abs(t) <= 126."""
+    n = rint(t)
+    r = t - n
     p = fma(r, 0.0001497050398029387, 0.001337212510406971)  # 5e-9
     p = fma(p, r, 0.00961929652839899)
     p = fma(p, r, 0.055504098534584045)
     p = fma(p, r, 0.24022650718688965)
     p = fma(p, r, 0.6931471824645996)
-    s = power_32(n)
-    return fma(s, r * p, s), fma(-s, r * p, 1.0 - s)
+    return power_32(n), r * p
+
+
+@inline
+def exp2_minus_one_32(t):
+    """2**t - 1 without cancellation, for abs(t) <= 126."""
+    s, grown = _reduced_32(t)
+    return fma(s, grown, s - 1.0)
+
+
+@inline
+def exp2_and_rest_32(tau):
+    """2**-tau, and 1 - 2**-tau without cancellation, for 0 <= tau <= 126."""
+    s, grown = _reduced_32(-tau)
+    return fma(s, grown, s), fma(-s, grown, 1.0 - s)
 
 
 @inline
