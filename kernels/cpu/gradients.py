@@ -38,6 +38,7 @@ from __future__ import annotations
 import math
 
 from .mathematics import (
+    ATANH_LIMIT,
     LN_2,
     LOG2_E,
     exp2_32,
@@ -46,13 +47,13 @@ from .mathematics import (
     inline,
     log_ratio_32,
     one_minus_exp2_32,
+    twice_atanh_32,
 )
 from .normalization import FAR, larger_power, normalization, subtraction
 from .rowloop import BLOCK, f32, f64, row_address, task_row
 from .simd import (
     ITEMSIZE,
     LANES32,
-    beyond,
     copysign,
     f32v,
     fetch_add,
@@ -98,14 +99,24 @@ def formulas(operation, side):
 
     @inline
     def bracket(terms, own_weight, other_weight, far):
-        t, rest, h = terms[5], terms[6], terms[7]
+        t = terms[5]
         sign = -1.0 if of_p else 1.0
         if tv:
             return where(t == 0.0, 0.0, copysign(splat32(0.5), t * sign))
         if js:
+            if not (far or hany(vabs(t) > NEAR)):
+                # With e = q/p - 1: own/m = (1 + s)/(1 - s) for this s.
+                e = exp2_minus_one_32(t)
+                if of_p:
+                    s = e * -other_weight / fma(e, other_weight, 2.0)
+                else:
+                    s = e * other_weight / (fma(e, own_weight, 2.0) + e)
+                if not hany(vabs(s) > ATANH_LIMIT):
+                    return twice_atanh_32(s)
             # With M = max(p, q) and g = 2**-tau = 1 - h: m/M = 1 - h w', where w' is the weight of
             # the smaller one.  Near rows take log(own/m), which is near 0; rows that are far apart
             # log(w own/m), which differs by a constant and is near 0 there.
+            rest, h = exp2_and_rest_32(vmin(vabs(t), FAR))
             own_larger = t * sign > 0.0
             s = h * where(own_larger, splat32(other_weight), splat32(own_weight))
             mixed = 1.0 - s
@@ -172,12 +183,19 @@ def build(operation, sides, dtype_p, dtype_q, dtype_into_p, dtype_into_q):
     renyi = operation == "renyi"
     cross = operation == "cross_entropy"
     tv = operation == "tv"
-    # Whether p and q - p give all that is asked for, where they are close.
-    brief = operation in ("tv", "jeffreys") or (operation in ("kl", "cross_entropy") and to_q)
+    # Whether the gradient has q - p in it.
+    differs = operation == "jeffreys" or (operation in ("kl", "cross_entropy") and to_q)
+
+    @inline
+    def change_of(u, v, t):
+        """q - p."""
+        if hany(vabs(t) > NEAR):
+            return copysign(exp2_32(vmax(u, v)) * one_minus_exp2_32(vmin(vabs(t), FAR)), t)
+        return exp2_32(u) * exp2_minus_one_32(t)
 
     @inline
     def pair(p, q, a, constants):
-        """p, q, q - p, log2 p, log2 q, t, and for Jensen-Shannon 2**-tau and h of one vector.
+        """p, q, q - p, log2 p, log2 q and t of one vector.
 
         p = q = 0 where both are -inf.
         """
@@ -186,19 +204,11 @@ def build(operation, sides, dtype_p, dtype_q, dtype_into_p, dtype_into_q):
         v = fma(q, a, ky0) + ky1
         d, lost = difference(p, q)
         t = fma(d, a, c0) + fma(lost, a, c1)
-        if brief and not hany(beyond(vabs(t), NEAR)):
-            m = exp2_32(u)
-            change = m * exp2_minus_one_32(t)
-            return m, m + change, change, u, v, t, t, t
-        t = vmin(vmax(t, -1e30), 1e30)  # a NaN from -inf - -inf becomes a number; there M is 0
-        m = exp2_32(vmax(u, v))
-        tau = vabs(t)
-        rest, h = exp2_and_rest_32(vmin(tau, FAR))
-        mh = m * h
-        less = where(tau > FAR, 0.0, m * rest)
-        q_larger = t > 0.0
-        change = copysign(mh, t)
-        return where(q_larger, less, m), where(q_larger, m, less), change, u, v, t, rest, h
+        t = vmin(vmax(t, -1e30), 1e30)  # a NaN from -inf - -inf becomes a number; there p is 0
+        change = t
+        if differs:
+            change = change_of(u, v, t)
+        return exp2_32(u), exp2_32(v), change, u, v, t
 
     @inline
     def exponent(p, q, a, shift):
@@ -241,7 +251,8 @@ def build(operation, sides, dtype_p, dtype_q, dtype_into_p, dtype_into_q):
             s = splat32(0.0)
             for j in range(start, stop, LANES32):
                 p, q = vectors(x, y, j, width)
-                s = s + pair(p, q, a, constants)[2]
+                u, v, t = pair(p, q, a, constants)[3:]
+                s = s + change_of(u, v, t)
             total = total + fold64(s)
             start = stop
         return hsum(total)

@@ -137,9 +137,13 @@ def one_minus_exp2_32(tau):
     return exp2_and_rest_32(tau)[1]
 
 
+#: The s where (1 + s)/(1 - s) leaves [sqrt(1/2), sqrt(2)].
+ATANH_LIMIT = 0.17157
+
+
 @inline
-def _twice_atanh_32(s):
-    """2 atanh(s) for abs(s) <= 0.1716."""
+def twice_atanh_32(s):
+    """2 atanh(s) for abs(s) <= ATANH_LIMIT."""
     z = s * s
     p = fma(z, 1 / 9, 1 / 7)
     p = fma(p, z, 1 / 5)
@@ -154,13 +158,13 @@ def log_ratio_32(a, b, missing):
     One division does where a/b > sqrt(1/2); two more are jumped over when no lane needs them.
     """
     s = missing / (a + b)
-    log = -_twice_atanh_32(s)
-    apart = s > 0.17157
+    log = -twice_atanh_32(s)
+    apart = s > ATANH_LIMIT
     if hany(apart):
         x = a / b
         e = log_split32(x)
         m = x * pow2(-e)
-        log = where(apart, fma(e, LN_2, _twice_atanh_32((m - 1.0) / (m + 1.0))), log)
+        log = where(apart, fma(e, LN_2, twice_atanh_32((m - 1.0) / (m + 1.0))), log)
     return log
 
 

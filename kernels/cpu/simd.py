@@ -246,17 +246,6 @@ def unordered(typingctx, a, b):
     return _MASK[a](a, b), codegen
 
 
-@intrinsic
-def beyond(typingctx, a, b):
-    """Lanes where ``a`` is larger than ``b``, or either is NaN."""
-
-    def codegen(context, builder, sig, args):
-        x, y = (_as_vector(context, builder, v, t, a) for v, t in zip(args, sig.args, strict=True))
-        return builder.fcmp_unordered(">", x, y)
-
-    return _MASK[a](a, b), codegen
-
-
 def _unary(llvm_name):
     @intrinsic
     def op(typingctx, a):
