@@ -22,15 +22,17 @@ smaller than the numbers that it is the difference of, and W must be right far b
 Where log p/q or log q itself is what a mean is taken off, the mean goes into its constant, which is
 held in two parts, so that the difference is rounded once, after it has cancelled; the value is a
 first guess of the mean, the sum of the entries that it leads to corrects it (p and q have mass 1).
-Of Renyi this is R: e is -(alpha-1) s with s = t + R over p, and -alpha s with s = t + R (alpha-1)/alpha over q; the sum
-of r - p is what S is off, relatively.  The mean of total variation is
+Of Renyi this is R: e is -(alpha-1) s with s = t + R over p, and -alpha s with
+s = t + R (alpha-1)/alpha over q; the sum of r - p is what S is off, relatively.  The mean of total
+variation is
 1/2 (above - below) for the masses where q > p and q < p, each summed on its own (ties are half in
 either): sign/2 - W is ``below`` or -``above``.
 
 The values were computed just before, so that the row pair is in cache.  Their kernel then also
 knows the constants of log2 p, log2 q and log2(q/p), unless that was ``exact``, or too rough for a
-gradient; then they are found here, as two_phase finds them.  Rows whose normalizers are not found, or whose value is infinite, are listed
-before anything is written: the gradient may go to the logits' own memory.
+gradient; then they are found here, as two_phase finds them.  Rows whose normalizers are not found,
+or whose value is infinite, are listed before anything is written: the gradient may go to
+the logits' own memory.
 """
 
 from __future__ import annotations
