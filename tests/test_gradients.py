@@ -268,7 +268,8 @@ def test_torch_and_strided_arrays() -> None:
     wide[..., 0] = q.T
     value, gradient = value_and_grad("js", np.ascontiguousarray(p.T), wide[..., 0], axis=0)
     assert gradient.shape == (30, 4)
-    np.testing.assert_allclose(gradient, expected.gradient.T, atol=1e-9)
+    exact = value_and_grad("js", p, q, backend="reference")  # which is what reads such rows
+    np.testing.assert_array_equal(gradient, exact.gradient.T)
 
 
 @pytest.mark.parametrize(

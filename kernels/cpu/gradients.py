@@ -2,7 +2,8 @@
 
 Everything is a multiple of p or q that vanishes where the rows agree.  In base 2, with u = log2 p,
 v = log2 q, t = v - u, tau = abs(t), M = 2**max(u, v) and h = 1 - 2**-tau, the difference
-q - p = sign(t) M h does not cancel, and p and q are M and M 2**-tau.  With d = log(p/q) = -t log 2:
+q - p = sign(t) M h does not cancel; nor does p (2**t - 1), which is cheaper, and as good unless p
+underflows where q does not.  With d = log(p/q) = -t log 2:
 
     KL        wrt q  q - p                        wrt p  p (d - KL)
     Jeffreys  wrt q  q (-d - W) + (q - p)         wrt p  p (d - W) - (q - p)
@@ -20,16 +21,18 @@ Where one token has nearly all the mass, or log(p/q) is nearly the same all over
 smaller than the numbers that it is the difference of, and W must be right far beyond float32.
 Where log p/q or log q itself is what a mean is taken off, the mean goes into its constant, which is
 held in two parts, so that the difference is rounded once, after it has cancelled; the value is a
-first guess of the mean, the sum of the entries that it leads to corrects it.  Of Renyi this is R:
-e is -(alpha-1) s with s = t + R over p, and -alpha s with s = t + R (alpha-1)/alpha over q; the sum
-of r - p, over that of p, is what S is off, relatively.  The mean of total variation is
+first guess of the mean, the sum of the entries that it leads to corrects it (p and q have mass 1).
+Of Renyi this is R: e is -(alpha-1) s with s = t + R over p, and -alpha s with
+s = t + R (alpha-1)/alpha over q; the sum of r - p is what S is off, relatively.  The mean of total
+variation is
 1/2 (above - below) for the masses where q > p and q < p, each summed on its own (ties are half in
 either): sign/2 - W is ``below`` or -``above``.
 
-The values were computed just before, so that the row pair is in cache.  ``one_pass`` then also
-knows the constants of log2 p, log2 q and log2(q/p); where it did not run, they are found as
-two_phase finds them.  Rows whose normalizers are not found, or whose value is infinite, are listed
-before anything is written: the gradient may go to the logits' own memory.
+The values were computed just before, so that the row pair is in cache.  Their kernel then also
+knows the constants of log2 p, log2 q and log2(q/p), unless that was ``exact``, or too rough for a
+gradient; then they are found here, as two_phase finds them.  Rows whose normalizers are not found,
+or whose value is infinite, are listed before anything is written: the gradient may go to
+the logits' own memory.
 """
 
 from __future__ import annotations
@@ -37,13 +40,16 @@ from __future__ import annotations
 import math
 
 from .mathematics import (
+    ATANH_LIMIT,
     LN_2,
     LOG2_E,
     exp2_32,
     exp2_and_rest_32,
+    exp2_minus_one_32,
     inline,
-    log_32,
+    log_ratio_32,
     one_minus_exp2_32,
+    twice_atanh_32,
 )
 from .normalization import FAR, larger_power, normalization, subtraction
 from .rowloop import BLOCK, f32, f64, row_address, task_row
@@ -55,6 +61,7 @@ from .simd import (
     fetch_add,
     fma,
     fold64,
+    hany,
     hsum,
     loader,
     peek_f64,
@@ -75,6 +82,10 @@ CENTRED = {"js": "pq", "tv": "pq", "jeffreys": "pq"}
 #: Those where it is taken off a constant of the exponents.
 SHIFTED = {"kl": "p", "renyi": "pq", "cross_entropy": "p"}
 
+#: Where log2(q/p) is no larger, q - p is p (2**t - 1): what p loses where it underflows is then
+#: next to nothing in q as well.  Vectors with larger ones, which are few, go by the larger of both.
+NEAR = 16.0
+
 #: Gradients that are multiples of more than this are left to the reference.
 LARGEST = 1e30
 
@@ -90,24 +101,33 @@ def formulas(operation, side):
 
     @inline
     def bracket(terms, own_weight, other_weight, far):
-        t, rest, h = terms[5], terms[6], terms[7]
+        t = terms[5]
         sign = -1.0 if of_p else 1.0
         if tv:
             return where(t == 0.0, 0.0, copysign(splat32(0.5), t * sign))
         if js:
+            if not (far or hany(vabs(t) > NEAR)):
+                # With e = q/p - 1: own/m = (1 + s)/(1 - s) for this s.
+                e = exp2_minus_one_32(t)
+                if of_p:
+                    s = e * -other_weight / fma(e, other_weight, 2.0)
+                else:
+                    s = e * other_weight / (fma(e, own_weight, 2.0) + e)
+                if not hany(vabs(s) > ATANH_LIMIT):
+                    return twice_atanh_32(s)
             # With M = max(p, q) and g = 2**-tau = 1 - h: m/M = 1 - h w', where w' is the weight of
             # the smaller one.  Near rows take log(own/m), which is near 0; rows that are far apart
             # log(w own/m), which differs by a constant and is near 0 there.
+            rest, h = exp2_and_rest_32(vmin(vabs(t), FAR))
             own_larger = t * sign > 0.0
             s = h * where(own_larger, splat32(other_weight), splat32(own_weight))
             mixed = 1.0 - s
             if far:
                 own = where(own_larger, 1.0, rest) * own_weight
                 other = where(own_larger, rest, 1.0) * other_weight
-                return log_32(own / mixed, other / mixed)
-            log = log_32(
-                where(own_larger, mixed, rest / mixed),
-                where(own_larger, s, h * other_weight / mixed),
+                return log_ratio_32(own, mixed, other)
+            log = log_ratio_32(
+                where(own_larger, mixed, rest), where(own_larger, 1.0, mixed), h * other_weight
             )
             return where(own_larger, -log, log)
         return t * (LN_2 * sign)
@@ -121,9 +141,11 @@ def formulas(operation, side):
         if renyi:
             # The difference of r and own, from the exponent e of r over own.
             e = exponent * (-beta if of_p else -alpha)
-            h = one_minus_exp2_32(vmin(vabs(e), FAR))
-            size = exp2_32((u if of_p else v) + vmax(e, 0.0)) * h
-            return copysign(size, e * (1.0 if of_p else -1.0))
+            own, sign = (u, 1.0) if of_p else (v, -1.0)
+            if hany(vabs(e) > NEAR):
+                h = one_minus_exp2_32(vmin(vabs(e), FAR))
+                return copysign(exp2_32(own + vmax(e, 0.0)) * h, e * sign)
+            return exp2_32(own) * exp2_minus_one_32(e) * sign
         if shifted:
             return exp2_32(u) * (exponent * -LN_2)
         own, sign = (p_, -1.0) if of_p else (q_, 1.0)
@@ -163,10 +185,19 @@ def build(operation, sides, dtype_p, dtype_q, dtype_into_p, dtype_into_q):
     renyi = operation == "renyi"
     cross = operation == "cross_entropy"
     tv = operation == "tv"
+    # Whether the gradient has q - p in it.
+    differs = operation == "jeffreys" or (operation in ("kl", "cross_entropy") and to_q)
+
+    @inline
+    def change_of(u, v, t):
+        """q - p."""
+        if hany(vabs(t) > NEAR):
+            return copysign(exp2_32(vmax(u, v)) * one_minus_exp2_32(vmin(vabs(t), FAR)), t)
+        return exp2_32(u) * exp2_minus_one_32(t)
 
     @inline
     def pair(p, q, a, constants):
-        """p, q, q - p, log2 p, log2 q, t, 2**-tau and h of one vector.
+        """p, q, q - p, log2 p, log2 q and t of one vector.
 
         p = q = 0 where both are -inf.
         """
@@ -175,15 +206,11 @@ def build(operation, sides, dtype_p, dtype_q, dtype_into_p, dtype_into_q):
         v = fma(q, a, ky0) + ky1
         d, lost = difference(p, q)
         t = fma(d, a, c0) + fma(lost, a, c1)
-        t = vmin(vmax(t, -1e30), 1e30)  # a NaN from -inf - -inf becomes a number; there M is 0
-        m = exp2_32(vmax(u, v))
-        tau = vabs(t)
-        rest, h = exp2_and_rest_32(vmin(tau, FAR))
-        mh = m * h
-        less = where(tau > FAR, 0.0, m * rest)
-        q_larger = t > 0.0
-        change = copysign(mh, t)
-        return where(q_larger, less, m), where(q_larger, m, less), change, u, v, t, rest, h
+        t = vmin(vmax(t, -1e30), 1e30)  # a NaN from -inf - -inf becomes a number; there p is 0
+        change = t
+        if differs:
+            change = change_of(u, v, t)
+        return exp2_32(u), exp2_32(v), change, u, v, t
 
     @inline
     def exponent(p, q, a, shift):
@@ -226,7 +253,8 @@ def build(operation, sides, dtype_p, dtype_q, dtype_into_p, dtype_into_q):
             s = splat32(0.0)
             for j in range(start, stop, LANES32):
                 p, q = vectors(x, y, j, width)
-                s = s + pair(p, q, a, constants)[2]
+                u, v, t = pair(p, q, a, constants)[3:]
+                s = s + change_of(u, v, t)
             total = total + fold64(s)
             start = stop
         return hsum(total)
@@ -269,11 +297,9 @@ def build(operation, sides, dtype_p, dtype_q, dtype_into_p, dtype_into_q):
                 if shift_p:
                     z = exponent(p, q, a, shift_of_p)
                     s = s + entry_p(terms, z, none, alpha, beta, wp, wq, far)
-                    n = n + exp2_32(terms[3])
                 if shift_q:
                     z = exponent(p, q, a, shift_of_q)
                     r = r - entry_q(terms, z, none, alpha, beta, wq, wp, far)
-                    o = o + exp2_32(terms[4])
             total_p = total_p + fold64(s)
             total_q = total_q + fold64(r)
             mass_p = mass_p + fold64(n)
@@ -289,11 +315,11 @@ def build(operation, sides, dtype_p, dtype_q, dtype_into_p, dtype_into_q):
         return halves(total / mass)
 
     @inline
-    def correction(total, mass, order):
+    def correction(total, order):
         """How far the exponents are from where the gradient's entries add up to 0."""
         if renyi:
-            return math.log1p(total / mass) * LOG2_E / order
-        return total / mass * LOG2_E
+            return math.log1p(total) * LOG2_E / order
+        return total * LOG2_E
 
     @inline
     def write(x, y, out_p, out_q, width, a, constants, scale_p, scale_q, shift_of_p, shift_of_q,
@@ -346,7 +372,7 @@ def build(operation, sides, dtype_p, dtype_q, dtype_into_p, dtype_into_q):
                 y = row_address(q, q_stride, q_offsets, row)
                 out_p = row_address(into_p, into_p_stride, into_p_offsets, row) if to_p else 0
                 out_q = row_address(into_q, into_q_stride, into_q_offsets, row) if to_q else 0
-                value = peek_f64(values + 8 * row)
+                value = peek_f64(values + 8 * row) * LOG2_E
                 scale_p = peek_f64(scales + 16 * row) * inverse_temperature
                 scale_q = peek_f64(scales + 16 * row + 8) * inverse_temperature
                 if scale_p == 0.0 and scale_q == 0.0:
@@ -389,13 +415,13 @@ def build(operation, sides, dtype_p, dtype_q, dtype_into_p, dtype_into_q):
                         of_q = mean(total_q, mass_q)
                     if shift_p:
                         if powers:
-                            scale_p *= 1.0 + total_p / mass_p
-                        shift_of_p += correction(total_p, mass_p, beta)
+                            scale_p *= 1.0 + total_p
+                        shift_of_p += correction(total_p, beta)
                         usable = abs(shift_of_p) < math.inf
                     if shift_q:
                         if powers:
-                            scale_q *= 1.0 + total_q / mass_q
-                        shift_of_q += correction(total_q, mass_q, alpha)
+                            scale_q *= 1.0 + total_q
+                        shift_of_q += correction(total_q, alpha)
                         usable = usable and abs(shift_of_q) < math.inf
                 if not usable:
                     poke_i64(redo + 8 * (fetch_add(redo, 1) + 1), row)

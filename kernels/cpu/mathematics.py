@@ -18,6 +18,7 @@ from .simd import (
     HAS_SCALEF,
     fma,
     fraction32,
+    hany,
     log_split32,
     log_split64,
     pow2,
@@ -104,17 +105,30 @@ def phi_32(t):
 
 
 @inline
-def exp2_and_rest_32(tau):
-    """2**-tau, and 1 - 2**-tau without cancellation, for 0 <= tau <= 126."""
-    n = rint(-tau)
-    r = -tau - n
+def _reduced_32(t):
+    """2**n and 2**r - 1 with t = n + r, for abs(t) <= 126."""
+    n = rint(t)
+    r = t - n
     p = fma(r, 0.0001497050398029387, 0.001337212510406971)  # 5e-9
     p = fma(p, r, 0.00961929652839899)
     p = fma(p, r, 0.055504098534584045)
     p = fma(p, r, 0.24022650718688965)
     p = fma(p, r, 0.6931471824645996)
-    s = power_32(n)
-    return fma(s, r * p, s), fma(-s, r * p, 1.0 - s)
+    return power_32(n), r * p
+
+
+@inline
+def exp2_minus_one_32(t):
+    """2**t - 1 without cancellation, for abs(t) <= 126."""
+    s, grown = _reduced_32(t)
+    return fma(s, grown, s - 1.0)
+
+
+@inline
+def exp2_and_rest_32(tau):
+    """2**-tau, and 1 - 2**-tau without cancellation, for 0 <= tau <= 126."""
+    s, grown = _reduced_32(-tau)
+    return fma(s, grown, s), fma(-s, grown, 1.0 - s)
 
 
 @inline
@@ -123,18 +137,35 @@ def one_minus_exp2_32(tau):
     return exp2_and_rest_32(tau)[1]
 
 
+#: The s where (1 + s)/(1 - s) leaves [sqrt(1/2), sqrt(2)].
+ATANH_LIMIT = 0.17157
+
+
 @inline
-def log_32(x, missing):
-    """log(x) of float32 x in (0, 1], where ``missing`` is 1 - x to full accuracy; 2e-7."""
-    e = log_split32(x)
-    m = x * pow2(-e)
-    near = e == 0.0
-    s = where(near, -missing / (2.0 - missing), (m - 1.0) / (m + 1.0))
+def twice_atanh_32(s):
+    """2 atanh(s) for abs(s) <= ATANH_LIMIT."""
     z = s * s
     p = fma(z, 1 / 9, 1 / 7)
     p = fma(p, z, 1 / 5)
     p = fma(p, z, 1 / 3)
-    return fma(e, LN_2, 2.0 * s * fma(p, z, 1.0))
+    return 2.0 * s * fma(p, z, 1.0)
+
+
+@inline
+def log_ratio_32(a, b, missing):
+    """log(a/b) of float32 a <= b, where ``missing`` is b - a to full accuracy; 2e-7.
+
+    One division does where a/b > sqrt(1/2); two more are jumped over when no lane needs them.
+    """
+    s = missing / (a + b)
+    log = -twice_atanh_32(s)
+    apart = s > ATANH_LIMIT
+    if hany(apart):
+        x = a / b
+        e = log_split32(x)
+        m = x * pow2(-e)
+        log = where(apart, fma(e, LN_2, twice_atanh_32((m - 1.0) / (m + 1.0))), log)
+    return log
 
 
 # --- float64 ---------------------------------------------------------------------------

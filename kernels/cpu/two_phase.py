@@ -4,6 +4,8 @@ All are sums of M k(tau) with M = max(p, q), tau = abs(log(p/q)), so they need t
 normalizers first.  The first phase reads the row pair from memory and finds them; the
 second reads the pair again, from cache, and sums.
 
+The constants of log2 p, log2 q and log2(q/p) go into ``found``, where it is not 0, of uncut rows.
+
 Where the normalizers of the whole row are given (the rows are shards of it), only the second phase
 is run.
 
@@ -213,7 +215,7 @@ def build(operation, dtype_p, dtype_q, exactly):
     def kernel(
         p, p_stride, p_offsets, q, q_stride, q_offsets, width, rows, n_rows,
         counter, chunk, parts, part_width, phase, states, done, redo, out, known,
-        inverse_temperature,
+        found, inverse_temperature,
     ):  # fmt: skip
         a = f64(f32(inverse_temperature * LOG2_E))
         n_tasks = n_rows * parts
@@ -274,6 +276,11 @@ def build(operation, dtype_p, dtype_q, exactly):
                         c -= LOG2_E * second(changed, x, y, start, stop, a, constants)
                         constants = (kx, ky, c)
                     value = second(measured, x, y, start, stop, a, constants)
+                    # Where most of D is the distance of the references from each other, c is not
+                    # as exact as a gradient needs it.
+                    if found != 0 and (corrected or abs(state[3]) <= 0.5 * state[4]):
+                        for i in range(3):
+                            poke_f64(found + 24 * row + 8 * i, constants[i])
                     if parts > 1:
                         poke_f64(at + 40, value)
                         if fetch_add(done + 8 * number, 1) + 1 < parts:
