@@ -269,7 +269,11 @@ def test_killed_at_ten_random_moments(files: Path) -> None:
 @pytest.mark.slow
 def test_interrupted_from_the_keyboard(files: Path) -> None:
     larger()
-    process = subprocess.Popen(COMMAND, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        COMMAND, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # What runs in the background of a shell script inherits that it is to be ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     while process.poll() is None and kept_rows() < 20:
         time.sleep(0.001)
     process.send_signal(signal.SIGINT)
