@@ -269,11 +269,17 @@ def test_killed_at_ten_random_moments(files: Path) -> None:
 @pytest.mark.slow
 def test_interrupted_from_the_keyboard(files: Path) -> None:
     larger()
+    # What runs in the background of a shell script inherits that SIGINT is to be ignored.
+    heard = (
+        "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "runpy.run_module('klfast', run_name='__main__', alter_sys=True)"
+    )
     process = subprocess.Popen(
-        COMMAND, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        # What runs in the background of a shell script inherits that it is to be ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
+        [sys.executable, "-c", heard, *COMMAND[3:]],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     while process.poll() is None and kept_rows() < 20:
         time.sleep(0.001)
     process.send_signal(signal.SIGINT)
