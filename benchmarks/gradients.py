@@ -163,8 +163,8 @@ def _linear_worker(name: str, shape: tuple[int, int, int]) -> dict[str, float]:
     head = weight.detach() + 0.002 * torch.randn(vocab, width)
     klfast.warmup(("kl",))
     # What is imported at the first call of an operator is no memory of the loss's.
-    small = [each[:2].detach().requires_grad_() for each in (hidden, weight)]
-    klfast.torch.linear_distillation_loss(*small, states[:2], head[:2]).backward()
+    first, second = (each[:2].detach().requires_grad_() for each in (hidden, weight))
+    klfast.torch.linear_distillation_loss(first, second, states[:2], head[:2]).backward()
 
     def fused() -> None:
         klfast.torch.linear_distillation_loss(hidden, weight, states, head).backward()
