@@ -5,7 +5,7 @@ matrix of float64 values, one row of it for each row of logits:
 
 ======================  ====================================================================
 ``one_pass``            KL, Rényi and what follows from it, cross-entropy: one read
-``two_phase``           all measures of a pair of rows, alone or many at once: one read
+``two_phase``           all measures of a pair of rows, up to eight at once: one read
 ``single_pass``         entropy, log-sum-exp, token log-probabilities, argmax: one read
 ``exact``               all of them, and the rest, in float64, for any input
 ``exact_gradients``     gradients with respect to the logits, in float64, for any input
