@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import math
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from ._checkpoint import Checkpoint, identity
 from ._compare import Comparison
 from ._evaluation import Evaluation, Rows, measures
 from ._heads import open_description
+from ._linear import BLOCK_BYTES, BLOCK_ROWS, LinearLogits, in_step
 from ._operations import DEFAULT_METRICS, TARGET_METRICS, parse_metric
 from ._pairs import NOISE_ROWS, FlooredPair, Pair, check_floored
 from ._sources import ArraySource, LogitSource, SourceError, open_logits, open_targets
@@ -89,13 +91,13 @@ class Job:
             self.targets_from = os.fspath(targets)
         self.targets = None if targets is None else _tokens(targets, lead, width, where)
         self.sequences = _labels(sequences, known[0].sequences if known else None, lead)
-        self.pairs = self._pairs(backend)
         sources = (self.base, *self.tests)
+        #: Products take all cores for themselves: nothing is read ahead beside them.
+        self.multiplies = any(isinstance(each, LinearLogits) for each in sources)
+        self.pairs = self._pairs(backend)
         self.row_bytes = sum(map(_stored_bytes, sources))
         if chunk_rows is None:
-            logits = sum(each.shape[-1] * FLOATS[each.dtype] for each in sources)
-            unit = max(getattr(each, "unit_rows", 1) for each in sources)
-            chunk_rows = unit * max(1, _CHUNK_BYTES // logits // unit)
+            chunk_rows = self._best_rows()
         elif chunk_rows < 1:
             raise ValueError(f"chunk_rows is {chunk_rows}; accepted: a whole number from 1")
         self.chunk_rows = chunk_rows
@@ -107,6 +109,7 @@ class Job:
         self.names = measures(metrics, self.targets is not None)
         self.evaluations = [self._started(number) for number in range(len(self.tests))]
         self.done = 0
+        self._one_at_a_time = threading.Lock()
         self._saved_seconds = [0.0] * len(self.tests)
         rounded = {"float16", "bfloat16"} & {each.dtype for each in sources}
         if rounded and input == "logits" and where is None:
@@ -122,9 +125,12 @@ class Job:
         width = self.base.shape[-1]
         sources = self.base, *self.tests
         made = [each for each in sources if not getattr(each, "mapped", False)]
-        rows = sum(each.shape[-1] * FLOATS[each.dtype] for each in made)
-        rows += sum(2 * 4 * (width + 1) for each in self.pairs if isinstance(each, FlooredPair))
-        read = 2 * self.chunk_rows * rows + sum(getattr(each, "memory", 0) for each in made)
+        rows = sum(
+            (1 if isinstance(each, LinearLogits) else 2) * each.shape[-1] * FLOATS[each.dtype]
+            for each in made
+        )
+        rows += sum(4 * 4 * (width + 1) for each in self.pairs if isinstance(each, FlooredPair))
+        read = self.chunk_rows * rows + sum(getattr(each, "memory", 0) for each in made)
         # Columns are joined at the end, and summarized from a copy.
         columns = 2 * 8 * self.rows * len(self.tests) * (len(self.names) + 3)
         return _FIXED_BYTES + read + columns
@@ -159,14 +165,21 @@ class Job:
                     saved_at = time.perf_counter()
                 if progress is not None:
                     progress(self.done, self.rows)
+                del rows, each  # before there are others
         finally:
             if saved is not None and saved.rows < self.done:
                 self._save(saved)
         return self.evaluations
 
     def chunks(self, start: int = 0) -> Iterator[list[Rows]]:
-        """Every candidate's rows from ``start`` on, chunk by chunk; the next is read meanwhile."""
+        """Every candidate's rows from ``start`` on, chunk by chunk; the next is read meanwhile.
+
+        Rows may be overwritten by the next but one, and logits that are multiplied by the next.
+        """
         starts = iter(range(start, self.rows, self.chunk_rows))
+        if self.multiplies:
+            yield from map(self._read, starts)
+            return
         with ThreadPoolExecutor(1, "klfast-read") as reader:
             ahead = [reader.submit(self._read, first) for first in itertools.islice(starts, 1)]
             while ahead:
@@ -196,16 +209,27 @@ class Job:
 
     def _pairs(self, backend: str) -> list[Pair | FlooredPair]:
         """The base with each candidate; plain ones share what is read of the base."""
-        shared = _Shared(self.base) if len(self.tests) > 1 else self.base
+        base, *tests = in_step([self.base, *self.tests])
+        shared = _Shared(base) if len(tests) > 1 else base
         pairs: list[Pair | FlooredPair] = []
-        for test in self.tests:
-            if isinstance(self.base, BaseLogits) or isinstance(test, BaseLogits):
+        for test in tests:
+            if isinstance(base, BaseLogits) or isinstance(test, BaseLogits):
                 assert self.targets is not None  # such a file has them
-                base = self.base if isinstance(self.base, BaseLogits) else shared
-                pairs.append(FlooredPair(base, test, self.targets, backend))
+                side = base if isinstance(base, BaseLogits) else shared
+                pairs.append(FlooredPair(side, test, self.targets, backend))
             else:
                 pairs.append(Pair(shared, test))
         return pairs
+
+    def _best_rows(self) -> int:
+        """How many rows of all sides make a chunk."""
+        sources = self.base, *self.tests
+        logits = sum(each.shape[-1] * FLOATS[each.dtype] for each in sources)
+        most = _CHUNK_BYTES // logits
+        if self.multiplies:
+            most = min(BLOCK_ROWS, BLOCK_BYTES // logits)
+        unit: int = max(getattr(each, "unit_rows", 1) for each in sources)
+        return unit * max(1, most // unit)
 
     def _started(self, number: int) -> Evaluation:
         evaluation = Evaluation(**self.settings)
@@ -216,17 +240,21 @@ class Job:
         return evaluation
 
     def measured(self, start: int) -> dict[str, NDArray[Any]]:
-        """The columns of the chunk that begins with this row, as a checkpoint keeps them."""
-        began = time.perf_counter()
+        """The columns of the chunk that begins with this row, as a checkpoint keeps them.
+
+        Any thread may ask; each waits for the others, for sources read into memory of their own.
+        """
         part: dict[str, NDArray[Any]] = {}
-        for number, rows in enumerate(self._read(start)):
-            evaluation = self._started(number)
-            evaluation.add(rows)
-            columns, noise = evaluation.stored()
-            part |= {f"{number}/{name}": column for name, column in columns.items()}
-            part[f"{number}/noise"] = np.array(noise)
-            began, before = time.perf_counter(), began
-            part[f"{number}/seconds"] = np.array(began - before)
+        with self._one_at_a_time:
+            began = time.perf_counter()
+            for number, rows in enumerate(self._read(start)):
+                evaluation = self._started(number)
+                evaluation.add(rows)
+                columns, noise = evaluation.stored()
+                part |= {f"{number}/{name}": column for name, column in columns.items()}
+                part[f"{number}/noise"] = np.array(noise)
+                began, before = time.perf_counter(), began
+                part[f"{number}/seconds"] = np.array(began - before)
         return part
 
     def take(self, part: Mapping[str, NDArray[Any]]) -> None:
