@@ -296,3 +296,13 @@ def test_interrupted_from_the_keyboard(files: Path) -> None:
 def test_memory_is_bounded_by_the_chunk(files: Path) -> None:
     small, large = (Job(np.zeros((n, 50)), [np.zeros((n, 50))]) for n in (100, 100_000))
     assert large.memory - small.memory < 99_900 * 8 * 20
+
+
+@pytest.mark.parametrize(
+    ("width", "candidates", "rows"),
+    [(32000, 1, 262), (262144, 1, 64), (128256, 3, 64), (10**7, 1, 3)],
+)
+def test_rows_of_a_chunk(width: int, candidates: int, rows: int) -> None:
+    """64 MiB of them, but more of long rows: kernels are slower with fewer than 64."""
+    logits = np.broadcast_to(np.float32(0), (10**4, width))
+    assert Job(logits, [logits] * candidates).chunk_rows == rows

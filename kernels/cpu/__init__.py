@@ -808,14 +808,14 @@ def join_floors(
     """Decode rows of both sides into ``rows``, with -inf where either is at its floor.
 
     Each side is its words, uint16 (n, V), or log-probabilities, float32 (n, V), of any stride
-    between rows, and four numbers a row, as kernels/cpu/floors.py has them. ``rows`` are two
-    float32 arrays (n, V or more); those of log-probabilities may be the very ones. Returns five
-    numbers a row and side, (n, 2, 5), see there.
+    between rows, and three numbers a row, as kernels/cpu/floors.py has them. ``rows`` are two
+    float32 arrays (n, V or more); those of log-probabilities may be the very ones. Returns seven
+    numbers a row and side, (n, 2, 7), see there.
     """
     (p, of_p), (q, of_q) = sides
     n, width = p.shape
     parameters = np.ascontiguousarray(np.stack([of_p, of_q], 1), np.float64)
-    results = np.empty((n, 2, 5))
+    results = np.empty((n, 2, 7))
     counter = np.zeros(1, np.int64)
     function = _kernel("floors", p.dtype.name, q.dtype.name)
     arguments = (

@@ -24,7 +24,7 @@ from ._evaluation import Evaluation, Rows, measures
 from ._heads import open_description
 from ._linear import BLOCK_BYTES, BLOCK_ROWS, LinearLogits, in_step
 from ._operations import DEFAULT_METRICS, TARGET_METRICS, parse_metric
-from ._pairs import NOISE_ROWS, FlooredPair, Pair, check_floored
+from ._pairs import NOISE_ROWS, FlooredPair, Pair, Stored, check_floored
 from ._sources import ArraySource, LogitSource, SourceError, open_logits, open_targets
 from .llama_cpp import BaseLogits, check_same_text
 
@@ -32,8 +32,11 @@ Logits: TypeAlias = "str | os.PathLike[str] | LogitSource | Any"
 Progress: TypeAlias = Callable[[int, int], None]
 
 # All inputs' bytes in one chunk: far above the cost of a call, far below a laptop's memory, and
-# often enough for a progress bar.
+# often enough for a progress bar. The kernels cut fewer rows than these along the vocabulary, which
+# takes half as long again: long rows may have more bytes.
 _CHUNK_BYTES = 64 * 2**20
+_CHUNK_ROWS = 64
+_MOST_BYTES = 256 * 2**20
 # Touched for each this many bytes, a mapped file is read ahead: less than what is read at once.
 _READ_AHEAD = 64 * 2**10
 # Samples of the bootstrap, and what Python and the libraries need.
@@ -129,7 +132,7 @@ class Job:
             (1 if isinstance(each, LinearLogits) else 2) * each.shape[-1] * FLOATS[each.dtype]
             for each in made
         )
-        rows += sum(4 * 4 * (width + 1) for each in self.pairs if isinstance(each, FlooredPair))
+        rows += sum(2 * 4 * (width + 1) for each in self.pairs if isinstance(each, FlooredPair))
         read = self.chunk_rows * rows + sum(getattr(each, "memory", 0) for each in made)
         # Columns are joined at the end, and summarized from a copy.
         columns = 2 * 8 * self.rows * len(self.tests) * (len(self.names) + 3)
@@ -171,41 +174,50 @@ class Job:
                 self._save(saved)
         return self.evaluations
 
-    def chunks(self, start: int = 0) -> Iterator[list[Rows]]:
-        """Every candidate's rows from ``start`` on, chunk by chunk; the next is read meanwhile.
+    def chunks(self, start: int = 0) -> Iterator[Iterator[Rows]]:
+        """Every candidate's rows from ``start`` on, chunk by chunk.
 
-        Rows may be overwritten by the next but one, and logits that are multiplied by the next.
+        While they are worked on the next are read: what a disk or one core has to do for them.
+        What takes all cores comes when they are asked for, and may overwrite those before.
         """
         starts = iter(range(start, self.rows, self.chunk_rows))
         if self.multiplies:
-            yield from map(self._read, starts)
+            for first in starts:
+                yield self._rows(first, self._read(first))
             return
         with ThreadPoolExecutor(1, "klfast-read") as reader:
-            ahead = [reader.submit(self._read, first) for first in itertools.islice(starts, 1)]
+            ahead = [
+                (first, reader.submit(self._read, first)) for first in itertools.islice(starts, 1)
+            ]
             while ahead:
-                rows = ahead.pop().result()
-                ahead += [reader.submit(self._read, first) for first in itertools.islice(starts, 1)]
-                yield rows
+                first, future = ahead.pop()
+                read = future.result()
+                ahead += [
+                    (each, reader.submit(self._read, each)) for each in itertools.islice(starts, 1)
+                ]
+                yield self._rows(first, read)
 
-    def _read(self, start: int) -> list[Rows]:
+    def _read(self, start: int) -> list[tuple[Any, Any]]:
+        """A chunk of the base and of each candidate."""
+        stop = min(start + self.chunk_rows, self.rows)
+        found = [each.read(start, stop) for each in self.pairs]
+        for array in itertools.chain(*found):
+            _touch(array)
+        return found
+
+    def _rows(self, start: int, read: Sequence[tuple[Any, Any]]) -> Iterator[Rows]:
+        """What was read, ready to be compared, one candidate after the other."""
         stop = min(start + self.chunk_rows, self.rows)
         part = slice(start, stop)
         noisy = self._noise_rows[(start <= self._noise_rows) & (self._noise_rows < stop)] - start
-        found = []
-        for each in self.pairs:
-            block = each.read(start, stop)
-            _touch(block.p)
-            _touch(block.q)
-            found.append(
-                Rows(
-                    block,
-                    targets=None if self.targets is None else self.targets[part],
-                    where=None if self.where is None else self.where[part],
-                    sequences=None if self.sequences is None else self.sequences[part],
-                    noise_at=() if each.noise_floor is not None else noisy.tolist(),
-                )
+        for pair, both in zip(self.pairs, read, strict=True):
+            yield Rows(
+                pair.block(start, both),
+                targets=None if self.targets is None else self.targets[part],
+                where=None if self.where is None else self.where[part],
+                sequences=None if self.sequences is None else self.sequences[part],
+                noise_at=() if pair.noise_floor is not None else noisy.tolist(),
             )
-        return found
 
     def _pairs(self, backend: str) -> list[Pair | FlooredPair]:
         """The base with each candidate; plain ones share what is read of the base."""
@@ -225,7 +237,7 @@ class Job:
         """How many rows of all sides make a chunk."""
         sources = self.base, *self.tests
         logits = sum(each.shape[-1] * FLOATS[each.dtype] for each in sources)
-        most = _CHUNK_BYTES // logits
+        most = max(_CHUNK_BYTES // logits, min(_CHUNK_ROWS, _MOST_BYTES // logits))
         if self.multiplies:
             most = min(BLOCK_ROWS, BLOCK_BYTES // logits)
         unit: int = max(getattr(each, "unit_rows", 1) for each in sources)
@@ -247,7 +259,7 @@ class Job:
         part: dict[str, NDArray[Any]] = {}
         with self._one_at_a_time:
             began = time.perf_counter()
-            for number, rows in enumerate(self._read(start)):
+            for number, rows in enumerate(self._rows(start, self._read(start))):
                 evaluation = self._started(number)
                 evaluation.add(rows)
                 columns, noise = evaluation.stored()
@@ -502,10 +514,11 @@ def _digest(column: NDArray[np.int64] | None) -> str | None:
     return None if column is None else hashlib.sha256(column.tobytes()).hexdigest()
 
 
-def _touch(array: Any) -> None:
+def _touch(rows: Any) -> None:
     """Have the pages of a mapped file read from disk now."""
-    if isinstance(array, np.ndarray) and array.flags.c_contiguous:
-        array.reshape(-1).view(np.uint8)[::_READ_AHEAD].max(initial=0)
+    array = rows.words if isinstance(rows, Stored) else rows
+    if isinstance(array, np.ndarray) and array.strides[-1:] == (array.itemsize,):
+        array[:, :: _READ_AHEAD // array.itemsize].max(initial=0)
 
 
 def _common_width(base: LogitSource, test: LogitSource, vocab_size: int | None) -> int:
