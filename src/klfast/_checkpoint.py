@@ -52,7 +52,10 @@ class Checkpoint:
         content = {**_FORMAT, **json.loads(json.dumps(job))}
         if folder.exists() and not folder.is_dir():
             raise SourceError(f"{folder}: is not a folder, which a checkpoint needs")
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SourceError(f"{folder}: cannot be made ({error.strerror or error})") from error
         for unfinished in folder.glob(".*.tmp"):
             unfinished.unlink(missing_ok=True)
         if (folder / _JOB).exists():

@@ -111,7 +111,7 @@ def _array(part: str, file: str, key: str | None) -> Any:
 def _read(part: str, file: str, key: str | None) -> Any:
     source = open_logits(file, key) if key is not None else _opened(file, _NAMES[part])
     array = source.read(0, math.prod(source.shape[:-1]))
-    return array.reshape(-1) if part == "bias" else array
+    return array.reshape(-1 if part == "bias" else source.shape)
 
 
 def _opened(file: str, names: Sequence[str]) -> LogitSource:

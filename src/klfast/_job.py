@@ -533,7 +533,7 @@ def _common_width(base: LogitSource, test: LogitSource, vocab_size: int | None) 
         if widths[0] != widths[1]:
             raise SourceError(
                 f"{test.name}: has a vocabulary of {widths[1]}, but {base.name} has {widths[0]}; "
-                "if the longer is padded, read the common part with vocab_size"
+                "if the longer is padded, read the common part with vocab_size (--vocab-size)"
             )
         return widths[0]
     if not 1 <= vocab_size <= min(widths):

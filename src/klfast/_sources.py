@@ -214,6 +214,8 @@ def open_logits(path: str | os.PathLike[str], key: str | None = None) -> LogitSo
         The message is one line that begins with the file's name.
     """
     name = os.fspath(path)
+    if not name:
+        raise SourceError("the name of a file of logits is empty")
     place = Path(path)
     with _reasons_named(name):
         if place.is_dir():
@@ -284,7 +286,8 @@ def _reasons_named(name: str) -> Iterator[None]:
 def _open_array(path: Path, key: str | None, usual: str) -> NDArray[Any] | _CompressedArray:
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
-        path.stat()  # whether it is there comes first
+        if not path.stat().st_size:  # and whether it is there
+            raise SourceError(f"{path}: is empty (0 bytes)")
         raise SourceError(
             f"{path}: unknown kind of file; accepted are {', '.join(SUFFIXES)}, .index.json, Zarr, "
             "and base-logits files of llama.cpp"

@@ -169,9 +169,7 @@ def _check_compare(options: argparse.Namespace) -> None:
     for name in ("json", "markdown", "parquet"):
         _check_output(parser, f"--{name}", getattr(options, name), inputs)
     for name in ("report", "checkpoint"):
-        folder = getattr(options, name)
-        if folder is not None and Path(folder).exists() and not Path(folder).is_dir():
-            parser.error(f"--{name} {folder}: is not a folder")
+        _check_folder(parser, f"--{name}", getattr(options, name))
     if options.parquet is not None:
         check_parquet()
     options.vocabulary = None
@@ -391,6 +389,18 @@ def _check_output(
     for each in inputs:
         if each is not None and output.exists() and Path(each).exists() and output.samefile(each):
             parser.error(f"{option} {path}: is one of the inputs, which would be overwritten")
+
+
+def _check_folder(parser: argparse.ArgumentParser, option: str, folder: str | None) -> None:
+    """The same of a folder, which is made with those above it where they are not there."""
+    if folder is None:
+        return
+    place = Path(folder).absolute()
+    there = next(each for each in (place, *place.parents) if each.exists())
+    if not there.is_dir():
+        parser.error(f"{option} {folder}: {'' if there == place else f'{there} '}is not a folder")
+    if not os.access(there, os.W_OK):
+        parser.error(f"{option} {folder}: the folder {there} is not writable")
 
 
 @contextmanager
