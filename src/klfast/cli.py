@@ -28,7 +28,7 @@ from ._job import Job, Progress, as_source
 from ._machine import info, machine, versions
 from ._operations import parse_metric
 from ._report import Results, grid, write_json, write_text
-from ._sources import SUFFIXES, SourceError
+from ._sources import SUFFIXES, SourceError, open_logits
 from ._statistics import Resampling, check_statistic, plain_json
 from ._tokens import Vocabulary
 from .errors import BackendUnavailable
@@ -251,13 +251,23 @@ def _bytes(count: float) -> str:
 
 
 def _convert(options: argparse.Namespace) -> int:
-    from .llama_cpp import convert
+    from .llama_cpp import BaseLogits, convert
 
     parser: argparse.ArgumentParser = options.parser
     _check_output(parser, "OUT", options.output, (options.source, options.tokens))
     with _named(options.output):
         convert(options.source, options.output, key=options.key, tokens=options.tokens,
                 context=options.context, input=options.input)  # fmt: skip
+    source = open_logits(options.source, options.key)
+    if isinstance(source, BaseLogits) and options.output.lower().endswith((".npy", ".safetensors")):
+        share = source.at_floor()
+        if share:
+            print(
+                f"klfast: {100 * share:.3g} % of the entries are at the floor of their row: "
+                f"{options.source} knows only upper bounds of them, and {options.output} holds "
+                f"these; compare {options.source} itself, which is read accordingly",
+                file=sys.stderr,
+            )
     return DONE
 
 
@@ -578,7 +588,9 @@ def _parser() -> argparse.ArgumentParser:
         "convert",
         help="convert logits between llama.cpp's base-logits files and arrays",
         description="Convert a file of logits: OUT is a .npy or .safetensors file, or else a "
-        "base-logits file of llama.cpp, which needs --tokens and --context unless IN is one.",
+        "base-logits file of llama.cpp, which needs --tokens and --context unless IN is one. Of "
+        "such a file arrays get the log-probabilities as they are stored, upper bounds at the "
+        "floor of a row included: to compare it, name it itself.",
     )
     converting.set_defaults(run=_convert, parser=converting)
     converting.add_argument("source", metavar="IN")

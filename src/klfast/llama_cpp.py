@@ -139,6 +139,14 @@ class BaseLogits:
         words = part.view("<u2")[:, 4 : 4 + self.shape[-1]]
         return head[:, 0], head[:, 1], words
 
+    def at_floor(self) -> float:
+        """The share of all entries of which only an upper bound is stored; reads the file."""
+        rows, count = len(self._rows), 0
+        for start in range(0, rows, _ROWS_AT_ONCE):
+            scale, _, words = self.stored(start, min(start + _ROWS_AT_ONCE, rows))
+            count += int(np.count_nonzero(words[is_clamped(scale)] == 0))
+        return count / max(1, rows * self.shape[-1])
+
     def read(self, start: int, stop: int) -> Float32:
         """Log-probabilities of rows ``start`` to ``stop``, as they are stored."""
         scale, least, words = self.stored(start, stop)
@@ -249,8 +257,9 @@ def convert(
         What `klfast.open_logits` takes.
     target
         A ``.npy`` or ``.safetensors`` file, in float32, or else a base-logits file of llama.cpp.
-        Of such a file arrays get the log-probabilities as they are stored: what is at the floor
-        has too much mass in them, so compare the file itself rather than the array.
+        Of such a file arrays get the log-probabilities as they are stored, so that they can be
+        made the same file again: entries at the floor are upper bounds and have too much mass, so
+        compare the file itself rather than the array. `BaseLogits.at_floor` says how many.
     key
         Name of the array in ``source``.
     tokens, context
