@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from klfast.kernels import cpu
 
 import klfast
 from klfast import Evaluation, LinearLogits, evaluate
@@ -252,3 +253,17 @@ def test_a_file_that_several_sides_name_is_one_head(tmp_path: Path) -> None:
     assert not sides[0].shares_head(sides[2])
     np.save(head, -WEIGHT)  # another one of the same name
     assert not sides[0].shares_head(open_head(p, head))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_every_number_of_16_bits_becomes_float32(dtype: str) -> None:
+    """Subnormal ones, infinities and NaN too; in rows of any width, and any distance apart."""
+    kind = np.dtype(pytest.importorskip("ml_dtypes").bfloat16 if dtype == "bfloat16" else dtype)
+    numbers = np.arange(2**16, dtype=np.uint16).view(kind)
+    for width in (1, 15, 16, 33, 1000):
+        rows = len(numbers) // width
+        table = numbers[: rows * width].reshape(rows, width)
+        for stored in (table, np.pad(table, ((0, 0), (3, 2)))[:, 3 : 3 + width]):
+            found = np.empty((rows, width), np.float32)
+            cpu.to_float32(stored, found)
+            np.testing.assert_array_equal(found, stored.astype(np.float32))

@@ -91,6 +91,7 @@ _SIGNATURE = {
     "gradients": "q" * 21 + "d" * 3,
     "top_k": "q" * 18,
     "floors": "q" * 12,
+    "widen": "q" * 8,
     "read": "q" * 5,
 }
 
@@ -800,6 +801,19 @@ def info() -> dict[str, object]:
 
 
 # --- 16-bit log-probabilities ------------------------------------------------------------
+
+
+def to_float32(source: NDArray[Any], out: NDArray[np.float32]) -> None:
+    """Write a float16 or bfloat16 array (n, D), of entries that lie together, as float32."""
+    rows, width = source.shape
+    counter = np.zeros(1, np.int64)
+    function = _kernel("widen", source.dtype.name)
+    chunk = max(1, AT_A_TIME // max(1, width))
+    arguments = (
+        source.ctypes.data, source.strides[0], out.ctypes.data, out.strides[0], width, rows,
+        _address(counter), chunk,
+    )  # fmt: skip
+    _launch(function, arguments, rows * width, alone=False)
 
 
 def join_floors(
