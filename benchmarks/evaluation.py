@@ -22,7 +22,7 @@ import klfast
 from klfast import llama_cpp
 
 FILE_ROWS = 1000
-#: Rows of one matrix product: more are no faster by a tenth, and take more memory.
+#: Rows of one matrix product: more gain a tenth at best, and take more memory.
 PRODUCT_ROWS = 256
 STATUS = Path("/proc/self/status")
 
@@ -155,6 +155,7 @@ def heads(rows: int, width: int, vocab: int, rounds: int, dtype: str) -> str:
 
         stored = weight.astype(ml_dtypes.bfloat16)
     sides = klfast.LinearLogits(states, stored), klfast.LinearLogits(other, stored)
+
     def bare() -> None:
         for start in range(0, rows, PRODUCT_ROWS):
             for each in (states, other):
