@@ -204,14 +204,18 @@ def encode(values: Any, input: str = "logits") -> NDArray[np.uint8]:
 def _encode_row(x: Float32) -> tuple[np.float32, np.float32, NDArray[np.uint16]]:
     largest = x.max()
     lowest = max(x.min(), largest - _RANGE)
-    # expf of the C library is all but always the exponential rounded to float32, and this is it.
-    total = np.exp((x - largest).astype(np.float64)).astype(np.float32).sum(dtype=np.float64)
+    total = _expf(x - largest).sum(dtype=np.float64)
     least = lowest - largest - np.float32(np.log(total))
     scale = (largest - lowest) / _WORDS
     if scale == 0:
         return scale, least, np.zeros(len(x), np.uint16)
     above = np.rint((np.float32(1) / scale) * (np.maximum(x, lowest) - lowest))
     return scale, least, above.astype(np.uint16)
+
+
+def _expf(x: Any) -> Any:
+    """The exponential rounded to float32, which expf of the C library all but always is."""
+    return np.exp(x.astype(np.float64)).astype(np.float32)
 
 
 def _as_decoded(x: Float32) -> tuple[np.float32, np.float32, NDArray[np.uint16]] | None:
@@ -404,11 +408,11 @@ def _row(a: Float32, logits: NDArray[Any], token: int, normalized: bool) -> Rows
     log_sum = np.float32(0)
     if not normalized:
         largest = b.max()
-        log_sum = largest + np.float32(np.log(np.exp(b - largest).sum(dtype=np.float64)))
+        log_sum = largest + np.float32(np.log(_expf(b - largest).sum(dtype=np.float64)))
     above = a > -16
-    terms = np.exp(a[above]) * (a[above] - b[above] + log_sum)
+    terms = _expf(a[above]) * (a[above] - b[above] + log_sum)
     nll, nll_base = log_sum - b[token], -a[token]
-    change = np.exp(-nll) - np.exp(-nll_base)
+    change = _expf(-nll) - _expf(-nll_base)
     return Rows(terms.sum(dtype=np.float64), change, nll, nll_base, a.argmax() == b.argmax())
 
 
