@@ -88,6 +88,7 @@ _SIGNATURE = {
     "two_phase": "q" * 20 + "d",
     "single_pass": "q" * 18 + "d",
     "exact": "q" * 19 + "d" * 3,
+    "fused_gradients": "q" * 22 + "d" * 3,
     "gradients": "q" * 21 + "d" * 3,
     "top_k": "q" * 18,
     "floors": "q" * 12,
@@ -623,8 +624,9 @@ def gradient(
 ) -> None:
     """Write values, and gradients with respect to the logits times ``scale``, one a row.
 
-    Each thread takes a few rows, computes their values and then, from its cache, their gradients.
-    Rows that the float32 kernel does not take are left to the reference.
+    One kernel does ordinary rows.  Of those that it leaves each thread takes a few, computes their
+    values and then, from its cache, their gradients; what the float32 kernels do not take is left
+    to the reference.
     """
     other = p if q is None else q
     tilt = _tilt(name, parameters)
@@ -641,6 +643,9 @@ def gradient(
     left: list[Numbers] = []
     run: Callable[[Numbers], Numbers | None] | None = None
     if tilt is not None and fast:
+        fused = _fused_plan(name, plan)
+        if fused is not None and q is not None:
+            numbers = _fused_gradient(tilt, fused, p, other, numbers, out, scale, into_p, into_q)
         run = _fast_gradient(tilt, plan, p, other, out, scale, into_p, into_q)
 
     row_bytes = p.width * (_ITEMSIZE[p.dtype] + _ITEMSIZE[other.dtype])
@@ -658,6 +663,69 @@ def gradient(
     for block in left:
         reference = import_module("klfast._reference_backend")
         reference.gradient(name, p, q, parameters, block, out, scale, into_p, into_q)
+
+
+def _fused_plan(name: str, plan: Plan) -> Plan | None:
+    """How the kernel ``fused_gradients`` gets the value; None where it does not know how."""
+    if name == "hellinger2":  # 1 - S, of order 1/2
+        return Plan((Step("one_pass", "renyi", "pq", -0.5, 40.0),), Finish.POWER, (-0.5, 1.0, 0.5))
+    step = plan.steps[0]
+    of_masses = step.module == "two_phase" and step.operation == name and name in ("js", "tv")
+    return plan if of_masses or step.module == "one_pass" else None
+
+
+def _fused_gradient(
+    tilt: Tilt,
+    plan: Plan,
+    p: Rows,
+    q: Rows,
+    rows: Numbers,
+    out: Values,
+    scale: Values,
+    into_p: Rows | None,
+    into_q: Rows | None,
+) -> Numbers:
+    """Do the ordinary rows; returns the others."""
+    (step,) = plan.steps
+    values = out if plan.finish is Finish.SAME else np.empty(p.count)
+    scales = scale[:, None] * tilt.factors
+    sides = [(p, into_p), (q, into_q)]
+    # Symmetric ones take the same dtype first whatever the order.
+    if step.rows == "qp" or (step.module == "two_phase" and p.dtype > q.dtype):
+        sides.reverse()
+        scales = scales[:, ::-1] * (-1.0 if tilt.operation == "renyi" else 1.0)
+    scales = np.ascontiguousarray(scales)
+    (first, into_first), (second, into_second) = sides
+    letters = "p" * (into_first is not None) + "q" * (into_second is not None)
+    some = into_first or into_second
+    assert some is not None
+    targets = (into_first or some, into_second or some)
+    staged = any(
+        into is not None and (into.dtype != "float32" or into.address == own.address)
+        for own, into in sides
+    )
+    n, width = len(rows), p.width
+    workers = min(get_num_threads(), max(1, 2 * n * width // WORTH_A_THREAD))
+    spare = np.empty((workers, len(letters), -(-width // 16) * 16), np.float32) if staged else None
+    space = np.zeros(n + 3, np.int64)
+    counter = _address(space)
+    chunk = max(1, min(4, n // (4 * workers)))
+    function = _kernel(
+        "fused_gradients", tilt.operation, letters, first.dtype, second.dtype,
+        *(target.dtype for target in targets),
+    )  # fmt: skip
+    arguments = (
+        *_place(first), *_place(second), width, _address(rows), n, counter, chunk, counter + 16,
+        _address(values), _address(scales), _address(spare), *_place(targets[0]),
+        *_place(targets[1]), int(tilt.power is not None), 1.0 / p.temperature, step.parameter,
+        step.limit,
+    )  # fmt: skip
+    threads.run(functools.partial(function, *arguments), workers)
+    left = np.sort(space[3 : 3 + space[2]])
+    if plan.finish is not Finish.SAME:
+        done = rows if not len(left) else np.setdiff1d(rows, left)
+        out[done] = _finish(plan, [values[done]])
+    return left
 
 
 def _fast_gradient(

@@ -100,7 +100,8 @@ FARTHEST = 1000.0
 def arithmetic(operation, exactly):
     """What an operation does with vectors and states, of whatever dtypes they were read from.
 
-    ``moved``, ``under`` and ``merge`` of states, ``step`` by a vector, and ``finish``.
+    ``moved``, ``under`` and ``merge`` of states, ``step`` by a vector, ``finish`` and
+    ``constants``.
     """
     renyi = operation == "renyi"
     cross = operation == "cross_entropy"
@@ -223,15 +224,24 @@ def arithmetic(operation, exactly):
             return math.nan, math.nan
         return max(value, 0.0), max(other, 0.0)
 
-    return moved, under, merge, step, finish
+    @inline
+    def constants(state):
+        """Those of log2 p = a x + kx, log2 q = a y + ky and log2(q/p) = a (y - x) + c."""
+        m, S, top, c, D, B, G, E = state
+        kx = -LOG2_E * (m + math.log1p(S))
+        c -= math.log1p((B + phi(top) + D + top) / (S + 1.0))
+        return kx, kx + LOG2_E * c, LOG2_E * c
+
+    return moved, under, merge, step, finish, constants
 
 
-def build(operation, dtype_p, dtype_q, exactly):
-    """``exactly`` carries along what the subtraction y - x rounds off."""
+@functools.cache
+def reader(operation, dtype_p, dtype_q, exactly):
+    """An inlined ``part(x, y, start, stop, a, beta, limit)``: the state of a part of two rows."""
     renyi = operation == "renyi"
     cross = operation == "cross_entropy"
     both = operation == "kl_both"
-    moved, under, merge, step, finish = arithmetic(operation, exactly)
+    moved, under, _, step, _, _ = arithmetic(operation, exactly)
     load_p, load_q = loader(dtype_p, f32v), loader(dtype_q, f32v)
     tail_p, tail_q = tail_loader(dtype_p, f32v), tail_loader(dtype_q, f32v)
     entry_p, entry_q = entry(dtype_p), entry(dtype_q)
@@ -239,7 +249,6 @@ def build(operation, dtype_p, dtype_q, exactly):
     max_p, find_p = passes(dtype_p)
     max_q, _ = passes(dtype_q)
     size_p, size_q = ITEMSIZE[dtype_p], ITEMSIZE[dtype_q]
-    differ = comparison(dtype_p, dtype_q)
 
     @inline
     def sums(x, y, start, stop, hole, a, ref, c, beta, limit):
@@ -370,6 +379,16 @@ def build(operation, dtype_p, dtype_q, exactly):
             else:
                 largest = before
 
+    return part
+
+
+def build(operation, dtype_p, dtype_q, exactly):
+    """``exactly`` carries along what the subtraction y - x rounds off."""
+    both = operation == "kl_both"
+    _, _, merge, _, finish, constants = arithmetic(operation, exactly)
+    part = reader(operation, dtype_p, dtype_q, exactly)
+    differ = comparison(dtype_p, dtype_q)
+
     def kernel(
         p, p_stride, p_offsets, q, q_stride, q_offsets, width, rows, n_rows,
         counter, chunk, parts, part_width, states, done, redo, out, known,
@@ -404,13 +423,9 @@ def build(operation, dtype_p, dtype_q, exactly):
                 if (value < UNDERFLOW or (both and other < UNDERFLOW)) and differ(x, y, width):
                     value = math.nan
                 if known != 0:
-                    # log2 p = a x + kx, log2 q = a y + ky, log2(q/p) = a (y - x) + c.
-                    m, S, top, c, D, B, G, E = state
-                    kx = -LOG2_E * (m + math.log1p(S))
-                    c -= math.log1p((B + phi(top) + D + top) / (S + 1.0))
-                    poke_f64(known + 24 * row, kx)
-                    poke_f64(known + 24 * row + 8, kx + LOG2_E * c)
-                    poke_f64(known + 24 * row + 16, LOG2_E * c)
+                    found = constants(state)
+                    for i in range(3):
+                        poke_f64(known + 24 * row + 8 * i, found[i])
                 if both:
                     poke_f64(out + 16 * row, value)
                     poke_f64(out + 16 * row + 8, other)

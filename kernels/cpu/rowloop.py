@@ -80,6 +80,13 @@ f32 = _rounding(types.float32)
 f64 = _rounding(types.float64)
 
 
+@inline
+def halves(x):
+    """A float64 number in float32, and what that cannot hold of it."""
+    high = f32(x)
+    return high, f32(x - f64(high))
+
+
 @functools.cache
 def passes(dtype):
     """The passes over one array of ``dtype`` that look for its largest entry.

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 
-from .mathematics import LN_2, LOG2_E, exp2_32, inline, one_minus_exp2_32
+from .mathematics import LN_2, LOG2_E, exp2_32, inline, log1p_32, one_minus_exp2_32
 from .normalization import FAR, larger_power, normalization, rounding, subtraction
 from .rowloop import (
     BLOCK,
@@ -81,12 +81,7 @@ def k_js(tau):
     apart = tau > 2.0
     if hany(apart):
         g = exp2_32(-tau)
-        log1p = fma(g, -0.10168222337961197, 0.18768173456192017)  # g <= 1/4: 1e-8
-        log1p = fma(log1p, g, -0.2490830421447754)
-        log1p = fma(log1p, g, 0.3333164155483246)
-        log1p = fma(log1p, g, -0.49999991059303284)
-        log1p = g * fma(log1p, g, 1.0)
-        far = fma(1.0 + g, fma(log1p, -0.5, 0.5 * LN_2), g * tau * (-0.5 * LN_2))
+        far = fma(1.0 + g, fma(log1p_32(g), -0.5, 0.5 * LN_2), g * tau * (-0.5 * LN_2))
         k = where(apart, far, k)
     return k
 
