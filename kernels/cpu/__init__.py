@@ -706,7 +706,7 @@ def _fused_gradient(
     )
     n, width = len(rows), p.width
     workers = min(get_num_threads(), max(1, 2 * n * width // WORTH_A_THREAD))
-    spare = np.empty((workers, len(letters), -(-width // 16) * 16), np.float32) if staged else None
+    spare = np.empty((workers, len(letters), -(-width // 32) * 32), np.float32) if staged else None
     space = np.zeros(n + 3, np.int64)
     counter = _address(space)
     chunk = max(1, min(4, n // (4 * workers)))

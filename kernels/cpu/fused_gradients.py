@@ -33,6 +33,7 @@ from .mathematics import (
     LOG2_E,
     exp2_32,
     exp2_minus_one_32,
+    exp2_near_0,
     inline,
     log1p_32,
     outline,
@@ -43,8 +44,10 @@ from .rowloop import BLOCK, UNDERFLOW, entry, f32, f64, halves, row_address, tas
 from .simd import (
     ITEMSIZE,
     LANES32,
+    LANES32W,
     copysign,
     f32v,
+    f32w,
     fetch_add,
     first_lane,
     fma,
@@ -52,12 +55,12 @@ from .simd import (
     hany,
     hmax,
     hsum,
-    lane_is,
     loader,
     peek_f64,
     poke_f64,
     poke_i64,
-    splat32,
+    prefetch,
+    splat32w,
     splat64,
     store,
     store_tail,
@@ -87,8 +90,8 @@ SPREAD = 0.01
 @functools.cache
 def balanced(operation, sides, dtype_p, dtype_q):
     """An inlined second pass, of gradients whose mean is known."""
-    load_p, load_q = loader(dtype_p, f32v), loader(dtype_q, f32v)
-    tail_p, tail_q = tail_loader(dtype_p, f32v), tail_loader(dtype_q, f32v)
+    load_p, load_q = loader(dtype_p, f32w), loader(dtype_q, f32w)
+    tail_p, tail_q = tail_loader(dtype_p, f32w), tail_loader(dtype_q, f32w)
     size_p, size_q = ITEMSIZE[dtype_p], ITEMSIZE[dtype_q]
     to_p, to_q = "p" in sides, "q" in sides
     renyi = operation == "renyi"
@@ -97,10 +100,10 @@ def balanced(operation, sides, dtype_p, dtype_q):
     @inline
     def vector(own, source, a, of, sums, tilted):
         """An entry times the scale; sum, largest entry and largest probability."""
-        k0, k1, slope, e0, e1, scale = of
+        k, slope, offset, rest, scale = of
         s, largest, top = sums
-        mass = exp2_32(fma(own, a, k0) + k1)
-        e = fma(source, slope, e0) + e1
+        mass = exp2_32(fma(own, a, k))
+        e = fma(source, slope, offset) + rest
         # A NaN from -inf - -inf becomes a number; there the mass is 0.
         g = mass * (exp2_minus_one_32(vmax(e, -FAR)) if tilted else vmax(e, -1e30))
         return g * scale, (s + g, vmax(vabs(g), largest), vmax(mass, top))
@@ -117,25 +120,29 @@ def balanced(operation, sides, dtype_p, dtype_q):
 
     @inline
     def write(x, y, at_p, at_q, width, a, of_p, of_q):
-        zero = splat32(0.0)
+        zero = splat32w(0.0)
         total_p = splat64(0.0)
         total_q = total_p
         sums_p = (zero, zero, zero)
         sums_q = sums_p
-        full = width // LANES32 * LANES32
+        full = width // LANES32W * LANES32W
         j = 0
         while j < width:
             last = min(full, j + BLOCK)
             sums_p = (zero, sums_p[1], sums_p[2])
             sums_q = (zero, sums_q[1], sums_q[2])
             while j < last:
+                prefetch(x + (j + 512) * size_p)
+                prefetch(x + (j + 528) * size_p)
+                prefetch(y + (j + 512) * size_q)
+                prefetch(y + (j + 528) * size_q)
                 p, q = load_p(x + j * size_p), load_q(y + j * size_q)
                 g, h, sums_p, sums_q = both(p, q, a, of_p, of_q, sums_p, sums_q)
                 if to_p:
                     store(at_p + 4 * j, g)
                 if to_q:
                     store(at_q + 4 * j, h)
-                j += LANES32
+                j += LANES32W
             if full == j < width:
                 p, q = tail_p(x + j * size_p, width - j), tail_q(y + j * size_q, width - j)
                 g, h, sums_p, sums_q = both(p, q, a, of_p, of_q, sums_p, sums_q)
@@ -143,7 +150,7 @@ def balanced(operation, sides, dtype_p, dtype_q):
                     store_tail(at_p + 4 * j, g, width - j)
                 if to_q:
                     store_tail(at_q + 4 * j, h, width - j)
-                j += LANES32
+                j += LANES32W
             total_p = total_p + fold64(sums_p[0])
             total_q = total_q + fold64(sums_q[0])
         found_p = hsum(total_p), f64(hmax(sums_p[1])), f64(hmax(sums_p[2]))
@@ -167,16 +174,21 @@ def balanced(operation, sides, dtype_p, dtype_q):
             slope_p, e_p = -beta * a, -beta * (c + mean)
             slope_q, e_q = -alpha * a, -alpha * c - beta * mean
             scale_q = -scale_q
-            own_q = halves(ky)
+            k_q = ky
         else:
             slope_p, e_p = a, (ky if cross else c) + mean
             slope_q, e_q = a, c
             scale_p *= -LN_2
-            own_q = halves(kx)
+            k_q = kx
+        # What float32 does not hold of the exponents' constants.
+        scale_p *= exp2_near_0(kx - f64(f32(kx)))
+        scale_q *= exp2_near_0(k_q - f64(f32(k_q)))
         none = (1.0, 1.0)
         for _attempt in range(3):
-            of_p = halves(kx) + (f32(slope_p),) + halves(e_p) + (f32(scale_p),)
-            of_q = own_q + (f32(slope_q),) + halves(e_q) + (f32(scale_q),)
+            offset_p, rest_p = halves(e_p)
+            offset_q, rest_q = halves(e_q)
+            of_p = f32(kx), f32(slope_p), offset_p, rest_p, f32(scale_p)
+            of_q = f32(k_q), f32(slope_q), offset_q, rest_q, f32(scale_q)
             found_p, found_q = write(x, y, at_p, at_q, width, f32(a), of_p, of_q)
             right = True
             if to_p:
@@ -229,8 +241,8 @@ def jensen_shannon(t, change, p, q):
 @functools.cache
 def summed(operation, sides, dtype_p, dtype_q):
     """An inlined second pass, which sums up value and means."""
-    load_p, load_q = loader(dtype_p, f32v), loader(dtype_q, f32v)
-    tail_p, tail_q = tail_loader(dtype_p, f32v), tail_loader(dtype_q, f32v)
+    load_p, load_q = loader(dtype_p, f32w), loader(dtype_q, f32w)
+    tail_p, tail_q = tail_loader(dtype_p, f32w), tail_loader(dtype_q, f32w)
     size_p, size_q = ITEMSIZE[dtype_p], ITEMSIZE[dtype_q]
     to_p, to_q = "p" in sides, "q" in sides
     tv = operation == "tv"
@@ -276,13 +288,13 @@ def summed(operation, sides, dtype_p, dtype_q):
 
     @inline
     def add_up(x, y, at_p, at_q, width, a, constants):
-        zero = splat32(0.0)
+        zero = splat32w(0.0)
         none = (zero, zero)
-        tie = lane_is(zero, -1)
+        tie = zero != zero
         totals = (splat64(0.0), splat64(0.0))
         totals_p = totals
         totals_q = totals
-        full = width // LANES32 * LANES32
+        full = width // LANES32W * LANES32W
         j = 0
         while j < width:
             last = min(full, j + BLOCK)
@@ -290,6 +302,10 @@ def summed(operation, sides, dtype_p, dtype_q):
             sums_p = none
             sums_q = none
             while j < last:
+                prefetch(x + (j + 512) * size_p)
+                prefetch(x + (j + 528) * size_p)
+                prefetch(y + (j + 512) * size_q)
+                prefetch(y + (j + 528) * size_q)
                 p, q = load_p(x + j * size_p), load_q(y + j * size_q)
                 g, h, sums, sums_p, sums_q, tie = both(
                     p, q, a, constants, sums, sums_p, sums_q, tie
@@ -298,7 +314,7 @@ def summed(operation, sides, dtype_p, dtype_q):
                     store(at_p + 4 * j, g)
                 if to_q:
                     store(at_q + 4 * j, h)
-                j += LANES32
+                j += LANES32W
             if full == j < width:
                 p, q = tail_p(x + j * size_p, width - j), tail_q(y + j * size_q, width - j)
                 g, h, sums, sums_p, sums_q, tie = both(
@@ -308,7 +324,7 @@ def summed(operation, sides, dtype_p, dtype_q):
                     store_tail(at_p + 4 * j, g, width - j)
                 if to_q:
                     store_tail(at_q + 4 * j, h, width - j)
-                j += LANES32
+                j += LANES32W
             totals = folded(totals, sums)
             totals_p = folded(totals_p, sums_p)
             totals_q = folded(totals_q, sums_q)
@@ -360,8 +376,8 @@ def summed(operation, sides, dtype_p, dtype_q):
 @functools.cache
 def third(operation, dtype, dtype_into):
     """An inlined pass over what is staged: it subtracts the mean, where one is left; and rounds."""
-    load, load_tail = loader(dtype, f32v), tail_loader(dtype, f32v)
-    staged, staged_tail = loader("float32", f32v), tail_loader("float32", f32v)
+    load, load_tail = loader(dtype, f32w), tail_loader(dtype, f32w)
+    staged, staged_tail = loader("float32", f32w), tail_loader("float32", f32w)
     write, write_tail = storer(dtype_into)
     size, size_into = ITEMSIZE[dtype], ITEMSIZE[dtype_into]
     tv, js = operation == "tv", operation == "js"
@@ -370,7 +386,7 @@ def third(operation, dtype, dtype_into):
     def vector(g, z, a, constants):
         k0, k1, one, other = constants
         if tv:
-            return g * where(g > 0.0, splat32(other), splat32(one))
+            return g * where(g > 0.0, splat32w(other), splat32w(one))
         if js:
             return fma(exp2_32(fma(z, a, k0) + k1), other, g * one)
         return g
@@ -382,8 +398,8 @@ def third(operation, dtype, dtype_into):
             one, other = 1.0, -one
         constants = halves(k) + (f32(one * scale), f32(other * scale))
         a32 = f32(a)
-        full = width // LANES32 * LANES32
-        for j in range(0, full, LANES32):
+        full = width // LANES32W * LANES32W
+        for j in range(0, full, LANES32W):
             g = vector(staged(at + 4 * j), load(x + j * size), a32, constants)
             write(out + j * size_into, g)
         if full < width:
@@ -437,7 +453,7 @@ def build(operation, sides, dtype_p, dtype_q, dtype_into_p, dtype_into_q):
     ):  # fmt: skip
         a = f64(f32(inverse_temperature * LOG2_E))
         alpha = beta + 1.0
-        padded = (width + LANES32 - 1) // LANES32 * LANES32
+        padded = (width + LANES32W - 1) // LANES32W * LANES32W
         spare_p = spare
         if spare != 0:
             spare_p += fetch_add(counter + 8, 1) * (4 * padded * (int(to_p) + int(to_q)))

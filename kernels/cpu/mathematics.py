@@ -22,9 +22,9 @@ from .simd import (
     log_split32,
     log_split64,
     pow2,
+    remainder32,
     rint,
     scalef32,
-    splat32,
     unordered,
     vabs,
     vmax,
@@ -74,9 +74,23 @@ def _power_32_portable(n):
 
 @inline
 def _power_32_scalef(n):
-    return scalef32(splat32(1.0), n)
+    return scalef32(1.0, n)
 
 
+@inline
+def _whole_32_portable(t):
+    n = rint(t)
+    return n, t - n
+
+
+@inline
+def _whole_32_scalef(t):
+    r = remainder32(t)
+    return t - r, r
+
+
+#: The whole number n that is nearest to t, and t - n, for finite t.
+whole_32 = _whole_32_scalef if HAS_SCALEF else _whole_32_portable
 #: 2**z for z <= 127: 0 far below (also at -inf), NaN at NaN; relative error 1.3e-7.
 exp2_32 = _exp2_32_scalef if HAS_SCALEF else _exp2_32_portable
 #: 2**n for whole n <= 127: 0, or next to it, far below.
@@ -94,8 +108,7 @@ def phi_32(t):
     where n = 0 the bracket is exactly 0, elsewhere nothing is lost because the result is not
     small.
     """
-    n = rint(t)
-    r = t - n
+    n, r = whole_32(t)
     p = fma(r, 0.00022250396033731293, 0.0019305298518179372)  # 1.1e-7
     p = fma(p, r, 0.013876057354467354)
     p = fma(p, r, 0.08007507514766778)
@@ -107,8 +120,7 @@ def phi_32(t):
 @inline
 def _reduced_32(t):
     """2**n and 2**r - 1 with t = n + r, for abs(t) <= 126."""
-    n = rint(t)
-    r = t - n
+    n, r = whole_32(t)
     p = fma(r, 0.0001497050398029387, 0.001337212510406971)  # 5e-9
     p = fma(p, r, 0.00961929652839899)
     p = fma(p, r, 0.055504098534584045)

@@ -162,9 +162,11 @@ def arithmetic(operation, exactly):
     def step(p, q, a, ref, c, beta, limit, S, D, B, G, high, low, bad):
         """Add one vector of entries to the sums; -inf in both rows adds nothing."""
         z = fma(p, a, ref)
-        e = raised(p, a, ref, 0.0)
+        e = raised(p, a, ref, 0.0) if exactly else exp2_32(z)
         d, lost = difference(p, q)
-        t = fma(lost, a, fma(d, a, c))
+        t = fma(d, a, c)
+        if exactly:
+            t = fma(lost, a, t)
         bad = bad | unordered(p, q)
         high = vmax(t, high)
         t = vmin(t, limit)  # a NaN from -inf - -inf becomes a number; its e is 0

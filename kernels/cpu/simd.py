@@ -67,17 +67,47 @@ class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
 
 f32v = Vector(types.float32, LANES32)
 f64v = Vector(types.float64, LANES64)
+#: Two float32 vectors at once, where there are registers for that.  Long chains of operations that
+#: wait for each other fill a processor's scheduler: with two of them, instruction by instruction,
+#: it finds twice as much to do.
+f32w = Vector(types.float32, 2 * LANES32) if HAS_AVX512 else f32v
+LANES32W = f32w.lanes
 mask32 = Vector(types.boolean, LANES32)
 mask64 = Vector(types.boolean, LANES64)
-_MASK = {f32v: mask32, f64v: mask64}
-_INT = {f32v: ir.VectorType(ir.IntType(32), LANES32), f64v: ir.VectorType(ir.IntType(64), LANES64)}
+_MASK = {ty: Vector(types.boolean, ty.lanes) for ty in (f32v, f64v, f32w)}
+_INT = {ty: ir.VectorType(ir.IntType(ty.element.bitwidth), ty.lanes) for ty in (f32v, f64v, f32w)}
 
 
 def _constant(ty: Vector, value: float) -> ir.Constant:
     return ir.Constant(ty.llvm, [value] * ty.lanes)
 
 
+def _lanes(builder: ir.IRBuilder, vector: ir.Value, start: int, count: int) -> ir.Value:
+    numbers = ir.Constant(ir.VectorType(ir.IntType(32), count), list(range(start, start + count)))
+    return builder.shuffle_vector(vector, vector, numbers)
+
+
+def _joined(builder: ir.IRBuilder, low: ir.Value, high: ir.Value) -> ir.Value:
+    lanes = 2 * low.type.count
+    numbers = ir.Constant(ir.VectorType(ir.IntType(32), lanes), list(range(lanes)))
+    return builder.shuffle_vector(low, high, numbers)
+
+
+def _by_register(builder: ir.IRBuilder, emit: Any, *vectors: ir.Value) -> ir.Value:
+    """What an instruction of one register gives of float32 vectors of one or two."""
+    if vectors[0].type.count == LANES32:
+        return emit(*vectors)
+    parts = [
+        emit(*(_lanes(builder, vector, start, LANES32) for vector in vectors))
+        for start in (0, LANES32)
+    ]
+    return _joined(builder, *parts)
+
+
 def _splat(builder: ir.IRBuilder, scalar: ir.Value, ty: Vector) -> ir.Value:
+    if ty.lanes * ty.element.bitwidth > 512:
+        half = _splat(builder, scalar, Vector(ty.element, ty.lanes // 2))
+        return _joined(builder, half, half)
     undef = ir.Constant(ty.llvm, ir.Undefined)
     first = builder.insert_element(undef, scalar, ir.Constant(ir.IntType(32), 0))
     zeros = ir.Constant(ir.VectorType(ir.IntType(32), ty.lanes), [0] * ty.lanes)
@@ -166,7 +196,7 @@ def _mask_binary(op: Any, emit: Any) -> None:
     @infer_global(op)
     class Typing(AbstractTemplate):  # type: ignore[misc]
         def generic(self, args: tuple[types.Type, ...], kws: Any) -> Any:
-            if len(args) == 2 and args[0] == args[1] and args[0] in (mask32, mask64):
+            if len(args) == 2 and args[0] == args[1] and args[0] in _MASK.values():
                 return signature(args[0], *args)
             return None
 
@@ -180,7 +210,7 @@ _mask_binary(operator.or_, lambda b, x, y: b.or_(x, y))
 @infer_global(operator.invert)
 class _InvertTyping(AbstractTemplate):  # type: ignore[misc]
     def generic(self, args: tuple[types.Type, ...], kws: Any) -> Any:
-        return signature(args[0], args[0]) if args[0] in (mask32, mask64) else None
+        return signature(args[0], args[0]) if args[0] in _MASK.values() else None
 
 
 @lower_builtin(operator.invert, Vector)
@@ -199,6 +229,16 @@ def splat32(typingctx, x):
         return _as_vector(context, builder, args[0], sig.args[0], f32v)
 
     return f32v(x), codegen
+
+
+@intrinsic
+def splat32w(typingctx, x):
+    """The number ``x`` in every lane of a wide float32 vector."""
+
+    def codegen(context, builder, sig, args):
+        return _as_vector(context, builder, args[0], sig.args[0], f32w)
+
+    return f32w(x), codegen
 
 
 @intrinsic
@@ -300,23 +340,37 @@ def scalef32(typingctx, a, n):
     """``a * 2**floor(n)`` of float32 vectors (where HAS_SCALEF)."""
 
     def codegen(context, builder, sig, args):
-        i16, i32 = ir.IntType(16), ir.IntType(32)
-        name = "llvm.x86.avx512.mask.scalef.ps.512"
-        return _call(builder, name, [*args, args[0], i16(0xFFFF), i32(4)])
+        def emit(x, y):
+            i16, i32 = ir.IntType(16), ir.IntType(32)
+            name = "llvm.x86.avx512.mask.scalef.ps.512"
+            return _call(builder, name, [x, y, x, i16(0xFFFF), i32(4)])
 
-    return f32v(a, n), codegen
+        return _by_register(
+            builder, emit, _as_vector(context, builder, args[0], sig.args[0], n), args[1]
+        )
+
+    return n(a, n), codegen
 
 
-@intrinsic
-def fraction32(typingctx, x):
-    """``x - floor(x)`` of a float32 vector, 0 at infinity (where HAS_SCALEF)."""
+def _fraction(rounding):
+    @intrinsic
+    def fraction(typingctx, x):
+        def codegen(context, builder, sig, args):
+            def emit(y):
+                i16, i32 = ir.IntType(16), ir.IntType(32)
+                name = "llvm.x86.avx512.mask.reduce.ps.512"
+                return _call(builder, name, [y, i32(8 + rounding), y, i16(0xFFFF), i32(4)])
 
-    def codegen(context, builder, sig, args):
-        i16, i32 = ir.IntType(16), ir.IntType(32)
-        name = "llvm.x86.avx512.mask.reduce.ps.512"
-        return _call(builder, name, [args[0], i32(9), args[0], i16(0xFFFF), i32(4)])
+            return _by_register(builder, emit, args[0])
 
-    return f32v(x), codegen
+        return x(x), codegen
+
+    return fraction
+
+
+#: ``x - floor(x)`` and ``x - rint(x)`` of a float32 vector, 0 at infinity (where HAS_SCALEF).
+fraction32 = _fraction(1)
+remainder32 = _fraction(0)
 
 
 @intrinsic
@@ -381,16 +435,14 @@ hmax = _reduction("fmax", False)
 
 @intrinsic
 def fold64(typingctx, a):
-    """A float32 vector as a float64 vector of half as many sums of two lanes."""
+    """A float32 vector as a float64 vector of sums of two lanes, or of four of a wide one."""
 
     def codegen(context, builder, sig, args):
-        i32, half = ir.IntType(32), a.lanes // 2
-        parts = []
-        for start in (0, half):
-            lanes = ir.Constant(ir.VectorType(i32, half), list(range(start, start + half)))
-            part = builder.shuffle_vector(args[0], args[0], lanes)
-            parts.append(builder.fpext(part, f64v.llvm))
-        return builder.fadd(*parts)
+        parts = [
+            builder.fpext(_lanes(builder, args[0], start, LANES64), f64v.llvm)
+            for start in range(0, a.lanes, LANES64)
+        ]
+        return functools.reduce(builder.fadd, parts)
 
     return f64v(a), codegen
 
