@@ -631,26 +631,26 @@ def gradient(
     other = p if q is None else q
     tilt = _tilt(name, parameters)
     targets = [into for into in (into_p, into_q) if into is not None]
-    fast = (
+    numbers = np.arange(p.count) if rows is None else rows
+    plan = plan_of(name, parameters)
+    run: Callable[[Numbers], Numbers | None] | None = None
+    if (
         tilt is not None
         and _is_fast(p, other)
         and all(
             into.stride == _ITEMSIZE[into.dtype] and into.dtype != "float64" for into in targets
         )
-    )
-    numbers = np.arange(p.count) if rows is None else rows
-    plan = plan_of(name, parameters)
-    left: list[Numbers] = []
-    run: Callable[[Numbers], Numbers | None] | None = None
-    if tilt is not None and fast:
-        fused = _fused_plan(name, plan)
-        if fused is not None and q is not None:
+    ):
+        fused = None if q is None else _fused_plan(name, plan)
+        if fused is not None:
             numbers = _fused_gradient(tilt, fused, p, other, numbers, out, scale, into_p, into_q)
-        run = _fast_gradient(tilt, plan, p, other, out, scale, into_p, into_q)
+        if len(numbers):
+            run = _fast_gradient(tilt, plan, p, other, out, scale, into_p, into_q)
 
     row_bytes = p.width * (_ITEMSIZE[p.dtype] + _ITEMSIZE[other.dtype])
     at_a_time = max(1, CACHE_BLOCK // row_bytes)
     blocks = iter([numbers[i : i + at_a_time] for i in range(0, len(numbers), at_a_time)])
+    left: list[Numbers] = []
 
     def work() -> None:
         with np.errstate(all="ignore"):
@@ -686,12 +686,15 @@ def _fused_gradient(
     into_q: Rows | None,
 ) -> Numbers:
     """Do the ordinary rows; returns the others."""
+    if not len(rows):
+        return rows
     (step,) = plan.steps
     values = out if plan.finish is Finish.SAME else np.empty(p.count)
     scales = scale[:, None] * tilt.factors
     sides = [(p, into_p), (q, into_q)]
     # Symmetric ones take the same dtype first whatever the order.
-    if step.rows == "qp" or (step.module == "two_phase" and p.dtype > q.dtype):
+    symmetric = step.module == "two_phase" or step.parameter == -0.5
+    if step.rows == "qp" or (symmetric and p.dtype > q.dtype):
         sides.reverse()
         scales = scales[:, ::-1] * (-1.0 if tilt.operation == "renyi" else 1.0)
     scales = np.ascontiguousarray(scales)
@@ -705,7 +708,8 @@ def _fused_gradient(
         for own, into in sides
     )
     n, width = len(rows), p.width
-    workers = min(get_num_threads(), max(1, 2 * n * width // WORTH_A_THREAD))
+    workers = min(get_num_threads(), n, max(1, 2 * n * width // WORTH_A_THREAD))
+    # A row for each thread and side, of whole vectors.
     spare = np.empty((workers, len(letters), -(-width // 32) * 32), np.float32) if staged else None
     space = np.zeros(n + 3, np.int64)
     counter = _address(space)

@@ -38,7 +38,7 @@ from .mathematics import (
     log1p_32,
     outline,
 )
-from .normalization import FAR, subtraction
+from .normalization import FAR, exact_subtraction
 from .one_pass import arithmetic, reader
 from .rowloop import BLOCK, UNDERFLOW, entry, f32, f64, halves, row_address, task_row
 from .simd import (
@@ -77,11 +77,12 @@ TWO_SUMS = ("js", "tv")
 #: A sum of entries that is no more than this, beside the largest of them, times the largest
 #: probability.
 BALANCE = 2e-6
-#: How much larger than its entries the constant of an exponent may be, which ``y - x`` is rounded
-#: beside: 2**-24 of it is an error of 3e-6.
-CONSTANT = 50.0
+#: What ``one_pass`` calls CANCELLATION.  Orders of 1/2, of squared Hellinger, begin at 3.
+CARRIED = 24.0
 #: Where the largest entry is smaller, others may have been lost because p underflows.
 SMALLEST = 1e-14
+#: What t is at most where p = q, beside the square root of KL: what c is off.
+TIE = 6e-8
 #: Mean squares about the mean, beside the square of the mean: where there is less, the gradient
 #: is much smaller than what it is the difference of.
 SPREAD = 0.01
@@ -98,24 +99,29 @@ def balanced(operation, sides, dtype_p, dtype_q):
     cross = operation == "cross_entropy"
 
     @inline
-    def vector(own, source, a, of, sums, tilted):
+    def vector(own, d, lost, a, of, sums, tilted):
         """An entry times the scale; sum, largest entry and largest probability."""
-        k, slope, offset, rest, scale = of
+        k, offset, rest, factor, scale = of
         s, largest, top = sums
         mass = exp2_32(fma(own, a, k))
-        e = fma(source, slope, offset) + rest
+        e = fma(d, a, offset) + fma(lost, a, rest)
+        if renyi:
+            e = e * factor
         # A NaN from -inf - -inf becomes a number; there the mass is 0.
         g = mass * (exp2_minus_one_32(vmax(e, -FAR)) if tilted else vmax(e, -1e30))
         return g * scale, (s + g, vmax(vabs(g), largest), vmax(mass, top))
 
     @inline
     def both(p, q, a, of_p, of_q, sums_p, sums_q):
-        d = q - p
+        d, lost = exact_subtraction(p, q)
         g, h = d, d
         if to_p:
-            g, sums_p = vector(p, q if cross else d, a, of_p, sums_p, renyi)
+            if cross:
+                g, sums_p = vector(p, q, splat32w(0.0), a, of_p, sums_p, False)
+            else:
+                g, sums_p = vector(p, d, lost, a, of_p, sums_p, renyi)
         if to_q:
-            h, sums_q = vector(q if renyi else p, d, a, of_q, sums_q, True)
+            h, sums_q = vector(q if renyi else p, d, lost, a, of_q, sums_q, True)
         return g, h, sums_p, sums_q
 
     @inline
@@ -157,50 +163,51 @@ def balanced(operation, sides, dtype_p, dtype_q):
         return found_p, (hsum(total_q), f64(hmax(sums_q[1])), f64(hmax(sums_q[2])))
 
     @inline
-    def verdict(found, offset, rounded):
-        """Whether the entries are right; whether they would be with another offset."""
+    def verdict(found):
+        """Whether the entries are right; whether another offset can make them so."""
         total, largest, top = found
         sound = SMALLEST < largest < math.inf
-        sound = sound and (not rounded or top * abs(offset) <= CONSTANT * largest)
         return sound and abs(total) * top <= BALANCE * largest, sound
 
     @inline
     def second(x, y, at_p, at_q, width, a, constants, value, alpha, scale_p, scale_q):
         """Write the gradients; gives the value again, NaN where they are not right."""
         kx, ky, c = constants
-        beta = alpha - 1.0
         mean = value * LOG2_E  # of Renyi, what makes r a distribution
+        shift_p = (ky if cross else c) + mean
+        shift_q = c
+        factor_p = 1.0 - alpha
+        factor_q = 1.0
         if renyi:
-            slope_p, e_p = -beta * a, -beta * (c + mean)
-            slope_q, e_q = -alpha * a, -alpha * c - beta * mean
+            shift_q -= mean * factor_p / alpha
+            factor_q = -alpha
             scale_q = -scale_q
-            k_q = ky
+            kq = ky
         else:
-            slope_p, e_p = a, (ky if cross else c) + mean
-            slope_q, e_q = a, c
             scale_p *= -LN_2
-            k_q = kx
-        # What float32 does not hold of the exponents' constants.
+            kq = kx
+        # What float32 does not hold of the probabilities' exponents.
         scale_p *= exp2_near_0(kx - f64(f32(kx)))
-        scale_q *= exp2_near_0(k_q - f64(f32(k_q)))
+        scale_q *= exp2_near_0(kq - f64(f32(kq)))
         none = (1.0, 1.0)
         for _attempt in range(3):
-            offset_p, rest_p = halves(e_p)
-            offset_q, rest_q = halves(e_q)
-            of_p = f32(kx), f32(slope_p), offset_p, rest_p, f32(scale_p)
-            of_q = f32(k_q), f32(slope_q), offset_q, rest_q, f32(scale_q)
+            of_p = (f32(kx), *halves(shift_p), f32(factor_p), f32(scale_p))
+            of_q = (f32(kq), *halves(shift_q), f32(factor_q), f32(scale_q))
             found_p, found_q = write(x, y, at_p, at_q, width, f32(a), of_p, of_q)
             right = True
             if to_p:
-                right, sound = verdict(found_p, e_p, not cross)
+                right, sound = verdict(found_p)
                 if not sound:
                     return math.nan, none, none
-                e_p -= math.log1p(found_p[0]) * LOG2_E if renyi else found_p[0]
+                if renyi:
+                    shift_p -= math.log1p(found_p[0]) * LOG2_E / factor_p
+                else:
+                    shift_p -= found_p[0]
             if to_q:
-                fits, sound = verdict(found_q, e_q, True)
+                fits, sound = verdict(found_q)
                 if not sound:
                     return math.nan, none, none
-                e_q -= math.log1p(found_q[0]) * LOG2_E
+                shift_q -= math.log1p(found_q[0]) * LOG2_E / factor_q
                 right = right and fits
             if right:
                 return value, none, none
@@ -246,7 +253,6 @@ def summed(operation, sides, dtype_p, dtype_q):
     size_p, size_q = ITEMSIZE[dtype_p], ITEMSIZE[dtype_q]
     to_p, to_q = "p" in sides, "q" in sides
     tv = operation == "tv"
-    difference = subtraction(True)
 
     @inline
     def side(own, t, bracket, sums):
@@ -261,8 +267,8 @@ def summed(operation, sides, dtype_p, dtype_q):
 
     @inline
     def both(p, q, a, constants, sums, sums_p, sums_q, tie):
-        kx0, kx1, c0, c1 = constants
-        d, lost = difference(p, q)
+        kx0, kx1, c0, c1, least = constants
+        d, lost = exact_subtraction(p, q)
         t = vmax(fma(d, a, c0) + fma(lost, a, c1), -FAR)
         of_p = exp2_32(fma(p, a, kx0) + kx1)
         change = of_p * exp2_minus_one_32(t)
@@ -271,7 +277,7 @@ def summed(operation, sides, dtype_p, dtype_q):
         s, r = sums
         if tv:
             s, r = s + vabs(change), r + change
-            tie = tie | (t == 0.0)
+            tie = tie | (vabs(t) < least)
         else:
             term, b_p, b_q = jensen_shannon(t, change, of_p, of_q)
             s = s + term
@@ -349,12 +355,12 @@ def summed(operation, sides, dtype_p, dtype_q):
     def second(x, y, at_p, at_q, width, a, constants, value, alpha, scale_p, scale_q):
         """Gives the value and what the third pass takes of each side; NaN: not an ordinary row."""
         kx, ky, c = constants
+        least = f32(TIE * math.sqrt(value))
         of_p = (0.0, 0.0)
         of_q = (0.0, 0.0)
         for _attempt in range(3):
-            sums, sums_p, sums_q, tie = add_up(
-                x, y, at_p, at_q, width, f32(a), halves(kx) + halves(c)
-            )
+            given = (*halves(kx), *halves(c), least)
+            sums, sums_p, sums_q, tie = add_up(x, y, at_p, at_q, width, f32(a), given)
             if tv and not abs(sums[1]) <= BALANCE * sums[0]:
                 c -= math.log1p(sums[1]) * LOG2_E
                 continue
@@ -396,7 +402,7 @@ def third(operation, dtype, dtype_into):
         one, other = numbers
         if js:
             one, other = 1.0, -one
-        constants = halves(k) + (f32(one * scale), f32(other * scale))
+        constants = (*halves(k), f32(one * scale), f32(other * scale))
         a32 = f32(a)
         full = width // LANES32W * LANES32W
         for j in range(0, full, LANES32W):
@@ -433,7 +439,7 @@ def build(operation, sides, dtype_p, dtype_q, dtype_into_p, dtype_into_q):
     summing = operation in TWO_SUMS
     reading = "kl" if summing else operation
     part = reader(reading, dtype_p, dtype_q, False)
-    _, _, _, _, finish, constants_of = arithmetic(reading, False)
+    _, _, _, _, finish, constants_of = arithmetic(reading, False, CARRIED)
     passes = summed if summing else balanced
     second = passes(operation, sides, dtype_p, dtype_q)
     # Of rows of two dtypes it is for the caller to give always the same one first.

@@ -52,6 +52,14 @@ from .simd import (
 FAR = 126.0
 
 
+@inline
+def exact_subtraction(p, q):
+    """q - p, and what its rounding lost: NaN where that is infinite or NaN."""
+    d = q - p
+    back = d - q
+    return d, (q - (d - back)) - (p + back)
+
+
 @functools.cache
 def subtraction(exactly):
     """An inlined ``difference(p, q)``: q - p, and what its rounding lost (0 where that is inf).
@@ -62,11 +70,9 @@ def subtraction(exactly):
 
     @inline
     def difference(p, q):
-        d = q - p
         if not exactly:
-            return d, splat32(0.0)
-        back = d - q
-        lost = (q - (d - back)) - (p + back)
+            return q - p, splat32(0.0)
+        d, lost = exact_subtraction(p, q)
         return d, where(unordered(lost, lost), 0.0, lost)
 
     return difference

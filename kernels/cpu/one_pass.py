@@ -97,7 +97,7 @@ FARTHEST = 1000.0
 
 
 @functools.cache
-def arithmetic(operation, exactly):
+def arithmetic(operation, exactly, cancellation=CANCELLATION):
     """What an operation does with vectors and states, of whatever dtypes they were read from.
 
     ``moved``, ``under`` and ``merge`` of states, ``step`` by a vector, ``finish`` and
@@ -107,7 +107,7 @@ def arithmetic(operation, exactly):
     cross = operation == "cross_entropy"
     both = operation == "kl_both"
     # Of both directions E holds what went into either sum and its moves.
-    allowed = 3.0 * CANCELLATION if both else CANCELLATION
+    allowed = 3.0 * cancellation if both else cancellation
     difference, raised = subtraction(exactly), power(exactly)
     rounded = rounding(exactly)
 
