@@ -1,9 +1,9 @@
 """Values and gradients of ordinary rows in one go: read from memory once, then from cache.
 
 Formulas stand in ``gradients``; here is what remains of them where nothing needs care.  Rows that
-do (that differ by a large constant, are far apart, are masked in one only, or whose gradient is
-hardly more than rounding) are listed, before anything is written into the logits' own memory, and
-left to the kernels of their values and to ``gradients``.
+do (that are far apart, are masked in one only, or whose gradient is hardly more than rounding) are
+listed, before anything is written into the logits' own memory, and left to the kernels of their
+values and to ``gradients``.
 
 The first pass is that of ``one_pass``: it leaves the constants of u = log2 p, v = log2 q and
 t = v - u, and a value.  A gradient whose mean is known then is written by the second one, as
@@ -17,6 +17,9 @@ largest of them, and where it shows, e is corrected and they are written once mo
 The means of total variation and Jensen-Shannon are sums over the second pass.  It leaves own b
 (of own (b - W)) in the place of the gradient, and the third pass subtracts own W.  Exchanging P and
 Q changes no bit: the first of both is the one that is smaller where they first differ.
+
+What bounds it are instructions and, next to them, memory: two vectors are in work at once, because
+one chain of operations after the other leaves the processor waiting.
 
 A row that is written into the logits' own memory, or in a narrow type, is staged in a row of
 float32 that each thread has of its own.

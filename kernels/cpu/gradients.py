@@ -1,4 +1,6 @@
-"""Gradients of the divergences with respect to the logits.
+"""Gradients of the divergences with respect to the logits, of rows that need care.
+
+Ordinary rows are those of ``fused_gradients``.
 
 Everything is a multiple of p or q that vanishes where the rows agree.  In base 2, with u = log2 p,
 v = log2 q, t = v - u, tau = abs(t), M = 2**max(u, v) and h = 1 - 2**-tau, the difference
