@@ -77,11 +77,16 @@ def _constant(ty: Vector, value: float) -> ir.Constant:
     return ir.Constant(ty.llvm, [value] * ty.lanes)
 
 
-def _splat(builder: ir.IRBuilder, scalar: ir.Value, ty: Vector) -> ir.Value:
+def spread(builder: ir.IRBuilder, scalar: ir.Value, ty: Vector) -> ir.Value:
+    """Emit code that puts a number into every lane."""
     undef = ir.Constant(ty.llvm, ir.Undefined)
     first = builder.insert_element(undef, scalar, ir.Constant(ir.IntType(32), 0))
     zeros = ir.Constant(ir.VectorType(ir.IntType(32), ty.lanes), [0] * ty.lanes)
-    vector = builder.shuffle_vector(first, undef, zeros)
+    return builder.shuffle_vector(first, undef, zeros)
+
+
+def _splat(builder: ir.IRBuilder, scalar: ir.Value, ty: Vector) -> ir.Value:
+    vector = spread(builder, scalar, ty)
     if HAS_AVX512 and ty.element in (types.float32, types.float64):
         # An empty piece of assembly that LLVM cannot look into.  Without it every use of a
         # constant in a loop is turned back into a load from the constant pool, at an address
@@ -518,15 +523,85 @@ def tail_loader(dtype, ty):
 
 
 @intrinsic
+def transpose(typingctx, source, target):
+    """Write the 16 x 16 float32 matrix at ``source`` to ``target`` with rows as columns."""
+
+    def codegen(context, builder, sig, args):
+        i32 = ir.IntType(32)
+        pointers = [builder.inttoptr(each, f32v.llvm.as_pointer()) for each in args]
+
+        def row(pointer, i):
+            return builder.gep(pointer, [i32(i)])
+
+        rows = [builder.load(row(pointers[0], i), align=4) for i in range(LANES32)]
+        # Blocks off the diagonal change places: of 8 x 8 entries, within them of 4 x 4, and so on.
+        for size in (8, 4, 2, 1):
+            masks = [
+                ir.Constant(ir.VectorType(i32, LANES32), lanes)
+                for lanes in (
+                    [LANES32 + j - size if j & size else j for j in range(LANES32)],
+                    [LANES32 + j if j & size else j + size for j in range(LANES32)],
+                )
+            ]
+            for i in range(LANES32):
+                if not i & size:
+                    pair = rows[i], rows[i + size]
+                    rows[i], rows[i + size] = (builder.shuffle_vector(*pair, m) for m in masks)
+        for i, each in enumerate(rows):
+            builder.store(each, row(pointers[1], i), align=4)
+        return context.get_dummy_value()
+
+    return types.void(source, target), codegen
+
+
+def add_widened(builder, address, vector):
+    """Emit code that adds the lanes of a float32 vector to as many float64 at an address."""
+    i32, half = ir.IntType(32), LANES32 // 2
+    pointer = builder.inttoptr(address, f64v.llvm.as_pointer())
+    for part in range(2):
+        lanes = ir.Constant(ir.VectorType(i32, half), list(range(part * half, (part + 1) * half)))
+        wide = builder.fpext(builder.shuffle_vector(vector, vector, lanes), f64v.llvm)
+        place = builder.gep(pointer, [i32(part)])
+        builder.store(builder.fadd(builder.load(place, align=8), wide), place, align=8)
+
+
+@intrinsic
+def add64(typingctx, address, vector):
+    """Add the lanes of a float32 vector to as many float64 that follow each other in memory."""
+
+    def codegen(context, builder, sig, args):
+        add_widened(builder, *args)
+        return context.get_dummy_value()
+
+    return types.void(address, vector), codegen
+
+
+@intrinsic
+def repeat32(typingctx, address):
+    """The float32 at an address, in every lane."""
+
+    def codegen(context, builder, sig, args):
+        pointer = builder.inttoptr(args[0], ir.FloatType().as_pointer())
+        return spread(builder, builder.load(pointer, align=4), f32v)
+
+    return f32v(address), codegen
+
+
+def ask_for(builder: ir.IRBuilder, address: ir.Value) -> None:
+    """Emit the request of a cache line."""
+    i32 = ir.IntType(32)
+    pointer = builder.inttoptr(address, ir.IntType(8).as_pointer())
+    fnty = ir.FunctionType(ir.VoidType(), [pointer.type, i32, i32, i32])
+    fn = cgutils.get_or_insert_function(builder.module, fnty, "llvm.prefetch.p0")
+    builder.call(fn, [pointer, i32(0), i32(3), i32(1)])
+
+
+@intrinsic
 def prefetch(typingctx, address):
     """Ask for the cache line at an address; one outside the array is harmless."""
 
     def codegen(context, builder, sig, args):
-        i32 = ir.IntType(32)
-        pointer = builder.inttoptr(args[0], ir.IntType(8).as_pointer())
-        fnty = ir.FunctionType(ir.VoidType(), [pointer.type, i32, i32, i32])
-        fn = cgutils.get_or_insert_function(builder.module, fnty, "llvm.prefetch.p0")
-        builder.call(fn, [pointer, i32(0), i32(3), i32(1)])
+        ask_for(builder, args[0])
         return context.get_dummy_value()
 
     return types.void(address), codegen
