@@ -31,8 +31,10 @@ _kernel = functools.cache(kernel)
 
 def gaussian_kl(
     rows: Sequence[Rows], scales: Values | None, into: Sequence[NDArray[Any]]
-) -> Values:
+) -> tuple[Values, bool]:
     """KL divergence of each row; of mean and log-variance of P, and of Q unless that is standard.
+
+    And whether all of them are finite and not so small that float32 terms may be missing.
 
     ``into`` are contiguous arrays of the dtype of the rows for the gradients with respect to
     each, times ``scales``, one a row; empty for values alone.
@@ -41,22 +43,23 @@ def gaussian_kl(
     n, width = first.count, first.width
     chunk, parts, part_width = _cut(n, width)
     out = np.empty((n, parts))
-    counter = np.zeros(1, np.int64)
-    function = _kernel("gaussian", (first.dtype, len(rows) == 2, bool(into)), "q" * 20)
+    counter, doubtful = np.zeros(1, np.int64), np.zeros(1)
+    function = _kernel("gaussian", (first.dtype, len(rows) == 2, bool(into)), "q" * 21)
     places = [(each.address, each.row_stride) for each in rows] + [(0, 0)] * (4 - len(rows))
     targets = [_address(each) for each in into] + [0] * (4 - len(into))
     _launch(
         function,
         (
             *(number for place in places for number in place),
-            width, n, _address(counter), chunk, parts, part_width, _address(out), _address(scales),
+            width, n, _address(counter), chunk, parts, part_width, _address(out),
+            _address(doubtful), _address(scales),
             *targets,
         ),
         n * width * len(rows),
         alone=False,
     )  # fmt: skip
-    total: Values = out.sum(1)
-    return total
+    values: Values = out.sum(1) if parts > 1 else out[:, 0]
+    return values, not doubtful[0]
 
 
 def add_pairs(

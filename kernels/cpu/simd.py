@@ -341,6 +341,26 @@ def pow2(typingctx, n):
     return n(n), codegen
 
 
+@intrinsic
+def rounded32(typingctx, t, factor):
+    """``n``, which is ``t * factor`` rounded to a whole number, and ``2.0 ** n``.
+
+    For n in the normal exponent range; three instructions, where each by itself takes two or three.
+    """
+
+    def codegen(context, builder, sig, args):
+        ity = _INT[f32v]
+        # As in pow2: the whole number goes into the low bits.
+        magic = _splat(builder, ir.Constant(ir.FloatType(), 1.5 * 2.0**23 + 127), f32v)
+        scale = _as_vector(context, builder, args[1], sig.args[1], f32v)
+        biased = _call(builder, "llvm.fma.v16f32", [args[0], scale, magic])
+        bits = builder.shl(builder.bitcast(biased, ity), ir.Constant(ity, [23] * LANES32))
+        results = (builder.fsub(biased, magic), builder.bitcast(bits, f32v.llvm))
+        return context.make_tuple(builder, sig.return_type, results)
+
+    return types.UniTuple(f32v, 2)(t, factor), codegen
+
+
 def _log_split(root, mantissa):
     """From positive normal x the exponent e with x = m 2**e and m in [sqrt(1/2), sqrt(2))."""
 
@@ -384,18 +404,35 @@ hsum = _reduction("fadd", True)
 hmax = _reduction("fmax", False)
 
 
+def _half(builder, vector, part):
+    """Emit the first or the second half of the lanes of a float32 vector, in float64."""
+    half = LANES32 // 2
+    lanes = list(range(part * half, (part + 1) * half))
+    mask = ir.Constant(ir.VectorType(ir.IntType(32), half), lanes)
+    return builder.fpext(builder.shuffle_vector(vector, vector, mask), f64v.llvm)
+
+
+def _widening(part):
+    @intrinsic
+    def widen(typingctx, a):
+        def codegen(context, builder, sig, args):
+            return _half(builder, args[0], part)
+
+        return f64v(a), codegen
+
+    return widen
+
+
+#: The first and the second half of a float32 vector, in float64.
+low64, high64 = _widening(0), _widening(1)
+
+
 @intrinsic
 def fold64(typingctx, a):
     """A float32 vector as a float64 vector of half as many sums of two lanes."""
 
     def codegen(context, builder, sig, args):
-        i32, half = ir.IntType(32), a.lanes // 2
-        parts = []
-        for start in (0, half):
-            lanes = ir.Constant(ir.VectorType(i32, half), list(range(start, start + half)))
-            part = builder.shuffle_vector(args[0], args[0], lanes)
-            parts.append(builder.fpext(part, f64v.llvm))
-        return builder.fadd(*parts)
+        return builder.fadd(_half(builder, args[0], 0), _half(builder, args[0], 1))
 
     return f64v(a), codegen
 
@@ -556,13 +593,11 @@ def transpose(typingctx, source, target):
 
 def add_widened(builder, address, vector):
     """Emit code that adds the lanes of a float32 vector to as many float64 at an address."""
-    i32, half = ir.IntType(32), LANES32 // 2
     pointer = builder.inttoptr(address, f64v.llvm.as_pointer())
     for part in range(2):
-        lanes = ir.Constant(ir.VectorType(i32, half), list(range(part * half, (part + 1) * half)))
-        wide = builder.fpext(builder.shuffle_vector(vector, vector, lanes), f64v.llvm)
-        place = builder.gep(pointer, [i32(part)])
-        builder.store(builder.fadd(builder.load(place, align=8), wide), place, align=8)
+        place = builder.gep(pointer, [ir.IntType(32)(part)])
+        total = builder.fadd(builder.load(place, align=8), _half(builder, vector, part))
+        builder.store(total, place, align=8)
 
 
 @intrinsic
