@@ -285,7 +285,8 @@ def _step(
         lead = (*_place(p), *_place(q), *share)
         results = (states, done, redo, _address(out))
         if step.module == "one_pass":
-            runs = [(*lead, *results, _address(known), inverse, step.parameter, step.limit)]
+            reach = _reach(step, exactly)
+            runs = [(*lead, *results, _address(known), inverse, step.parameter, reach)]
         else:
             constants = None if normalizers is None else _constants(normalizers, p.temperature)
             phases = (0,) if parts == 1 or constants is not None else (1, 2)
@@ -304,6 +305,18 @@ def _step(
         else:
             pair = step._replace(rows="pq")
             _step(pair, p, q, again, out, tokens, alone, True, known, normalizers)
+
+
+#: Log-ratios up to which one_pass gives a logarithm, or a power; and where it takes along what
+#: exponents t log2(e) are rounded by.  That is half a unit in their last place: an error of 1.3e-6
+#: beyond 22, where all of Q's mass is at such an index, of twice that with that of P's exponent.
+_REACH = {40.0: (22.0, 60.0), 8.0: (11.0, 60.0)}
+
+
+def _reach(step: Step, exactly: bool) -> float:
+    reach = _REACH[step.limit][exactly]
+    # The power takes the order's multiple of an error.
+    return reach if step.limit == 40.0 else reach / max(1.0, step.parameter)
 
 
 def _constants(normalizers: Values, temperature: float) -> Values:

@@ -9,8 +9,8 @@ over all indices seen but the top, and a fourth sum G that depends on the operat
 e phi(-beta t) for Rényi, e (m - x) for the cross-entropy, e psi(t) (below) for both KL.  To
 these come the top's own t and the constants m and c.  The top is kept apart so that nothing
 is lost when one symbol has nearly all the mass: everything else is then small and summed
-among its equals.  E adds up whatever went into B (and G, or G/beta), in absolute value: what
-rounding errors are proportional to.
+among its equals.  E adds up, twice, what negative numbers went into B (and G, or G/beta): with the
+sums themselves, what rounding errors are proportional to.
 
 Result.  With the top put in, A = (B + D)/S = E_p[expm1(t)], and the normalizers differ by
 logsumexp(x) - logsumexp(y) = c - log1p(A), so that
@@ -25,8 +25,9 @@ order alpha = 1 + beta, with C = E_p[expm1(-beta t)] = G/S - beta D/S,
                                 = beta B/S + G/S - beta (A - log1p(A)) - (C - log1p(C)),
 
 where again nothing cancels for alpha >= 1/2 (smaller orders swap the arguments), and
-which divided by beta goes over into KL as beta goes to 0.  The cross-entropy is the entropy
-of P, log(1 + S) + G/(1 + S), plus KL: both are >= 0.
+which divided by beta goes over into KL as beta goes to 0.  Far apart, terms are much larger than
+what is left of them; there the logarithms themselves are taken, and KL = log1p(A) - D/S.  The
+cross-entropy is the entropy of P, log(1 + S) + G/(1 + S), plus KL: both are >= 0.
 
 The operation ``kl_both`` adds KL(Q, P), with G = sum e psi(t), psi(t) = 1 - exp(t) + t exp(t)
 >= 0: under Q, whose sum is S' = S + D + B, it is E_q[phi(-t)] = G/S' less the same excess of
@@ -92,6 +93,9 @@ STATE = 8
 #: Rényi divergence of order 1/2 it is three times as large at best.)
 CANCELLATION = 8.0
 
+#: From here on, errors of a few 1e-7 in a result are beside it.
+APART = 1.0
+
 #: Rows that differ by a constant as large as this are left to the float64 kernel.
 FARTHEST = 1000.0
 
@@ -111,13 +115,33 @@ def arithmetic(operation, exactly):
     rounded = rounding(exactly)
 
     @inline
+    def exponent(p, q, a, c):
+        """t = a (q - p) + c, and with ``exactly`` what it is rounded off, else 0."""
+        d, lost = difference(p, q)
+        if not exactly:
+            return fma(d, a, c), lost
+        # The rounding errors of a product and a sum; then t and they are rounded to their sum.
+        product = d * a
+        t = product + c
+        back = t - product
+        rest = (product - (t - back)) + (c - back) + fma(lost, a, fma(d, a, -product))
+        total = where(unordered(rest, rest), t, t + rest)  # infinities stay
+        rest = rest - (total - t)
+        return total, where(unordered(rest, rest), 0.0, rest)
+
+    @inline
+    def corrected(f, t, rest):
+        """phi of t + rest from that of t, in base 2: its derivative is expm1."""
+        return fma((f + t) * LN_2, rest, f) if exactly else f
+
+    @inline
     def moved(state, h, beta):
         """The same row seen with c + h."""
         m, S, top, c, D, B, G, E = state
         f = math.exp(h)
         linear = math.expm1(h) * D
         constant = phi(h) * S
-        E = f * E + abs(linear) + constant
+        E = max(f, math.exp(-beta * h)) * E + 2.0 * max(0.0, -linear)
         if both:
             G = f * (G + h * (S + D + B)) - math.expm1(h) * S
             E += abs(h) * (abs(D) + B) + constant
@@ -126,7 +150,7 @@ def arithmetic(operation, exactly):
             f = math.exp(-beta * h)
             linear = -math.expm1(-beta * h) * beta * D
             constant = phi(-beta * h) * S
-            E = max(f * math.exp(-h), 1.0) * E + (abs(linear) + constant) / abs(beta)
+            E += 2.0 * max(0.0, -linear) / abs(beta)
             G = f * G + linear + constant
         return m, S, top + h, c + h, D + h * S, B, G, E
 
@@ -136,13 +160,10 @@ def arithmetic(operation, exactly):
         own, S, top, c, D, B, G, E = state
         f = math.exp(own - m)
         b = phi(top)
-        E += b
         if renyi:
             G += phi(-beta * top)
-            E += phi(-beta * top) / abs(beta)
         if both:
             G += psi(top)
-            E += psi(top)
         if cross:
             G += (m - own) * (S + 1.0)
         return f * (S + 1.0), f * (D + top), f * (B + b), f * G, f * E
@@ -162,13 +183,12 @@ def arithmetic(operation, exactly):
         """Add one vector of entries to the sums; -inf in both rows adds nothing."""
         z = fma(p, a, ref)
         e = raised(p, a, ref, 0.0)
-        d, lost = difference(p, q)
-        t = fma(lost, a, fma(d, a, c))
+        t, rest = exponent(p, q, a, c)
         bad = bad | unordered(p, q)
         high = vmax(t, high)
         t = vmin(t, limit)  # a NaN from -inf - -inf becomes a number; its e is 0
         D = fma(e, t, D)
-        f = phi_32(t)
+        f = corrected(phi_32(t), t, rest)
         B = fma(e, f, B)
         if both:
             # psi = t expm1(t) - phi(t); far below 0, where this cancels, 1 - exp(t) (1 - t).
@@ -182,7 +202,10 @@ def arithmetic(operation, exactly):
             G = fma(e, where(t < -1.0, apart, close), G)
         if renyi:
             low = vmin(t, low)
-            G = fma(e, phi_32(vmin(t * -beta, 126.0)), G)
+            v = vmin(t * -beta, 126.0)
+            G = fma(e, corrected(phi_32(v), v, fma(t, -beta, -v) - rest * beta), G)
+        if exactly:
+            D = fma(e, rest, D)
         if cross:
             G = fma(e, vmax(-200.0, z), G)
         return S + e, D, B, G, high, low, bad
@@ -191,11 +214,10 @@ def arithmetic(operation, exactly):
     def finish(state, beta):
         """The divergence and, of both KL, the reverse; NaN where the sums do not carry them."""
         m, S, top, c, D, B, G, E = state
-        b = phi(top)
         S = S + 1.0
         D = D + top
-        B = B + b
-        E = E + b
+        B = B + phi(top)
+        E = E + B
         A = (B + D) / S
         value = B / S - excess(A)
         # Where the rows differ by a constant c, the rounding of y - x makes errors of c 2**-24 in
@@ -203,23 +225,40 @@ def arithmetic(operation, exactly):
         # exact: of a row where it has nearly all, the errors are beside the t of the others, whose
         # square is about the value over their mass.
         noise = rounded(c) * c * c * min(1.0, S - 1.0) / (100.0 * S)
+        total = S + D + B
         other = 0.0
+        C = A
         if both:
-            g = psi(top)
-            E += g
-            total = S + D + B
-            other = (G + g) / total - excess(-(B + D) / total)
-            if E > allowed * other * total or not noise <= other:
-                value = math.nan
-        if cross:
-            value += math.log1p(S - 1.0) + G / S
+            G += psi(top)
+            E += G
+            other = G / total - excess(-(B + D) / total)
+        entropy = math.log1p(S - 1.0) + G / S if cross else 0.0
+        value += entropy
         if renyi:
-            g = phi(-beta * top)
-            E += g / abs(beta)
-            g += G
-            value += (g / S - excess((g - beta * D) / S)) / beta
-        # Cancellation among the terms.
-        if not (E <= allowed * value * S and noise <= value and abs(c) < FARTHEST):
+            G += phi(-beta * top)
+            E += G / abs(beta)
+            C = (G - beta * D) / S
+            value += (G / S - excess(C)) / beta
+        # Cancellation among the terms, or in a sum whose logarithm is taken.
+        least = min(1.0, 1.0 + A, 1.0 + C)
+        if E > allowed * value * S * least or (both and E > allowed * other * total):
+            # Far apart, the logarithms of the sums themselves are exact enough.
+            # Rounding errors of either are proportional to what went into its sum.
+            ratio = math.log1p(A)
+            if renyi:
+                value = ratio + math.log1p(C) / beta
+                own = E - G / abs(beta), E - B
+                errors = (own[0] + abs(D)) / (1.0 + A) + (own[1] + abs(D)) / (1.0 + C)
+            else:
+                value = ratio + (entropy - D / S)
+                errors = (E + abs(D)) / (1.0 + A) + abs(D)
+            least = value
+            if both:
+                other = (G + B + D) / total - ratio
+                least = min(value, other)
+            if not (least >= APART and errors <= CANCELLATION * least * S):
+                return math.nan, math.nan
+        if not (noise <= value and abs(c) < FARTHEST and (not both or noise <= other)):
             return math.nan, math.nan
         return max(value, 0.0), max(other, 0.0)
 
@@ -295,6 +334,7 @@ def build(operation, dtype_p, dtype_q, exactly):
         that float32 holds exactly; the state holds natural ones, c = c2 log 2.
         """
         far = limit / max(abs(beta), 1e-30)
+        off = 0.5 / max(abs(beta), 1.0)
         tile_stop = min(start + TILE, stop)
         largest = f64(max_p(x, start, tile_stop))
         c2 = f64(f32((largest - f64(max_q(y, start, tile_stop))) * a))
@@ -329,14 +369,14 @@ def build(operation, dtype_p, dtype_q, exactly):
                 D + d,
                 B + b,
                 G + g,
-                E + b + (g / abs(beta) if renyi else g if both else 0.0),
+                E,
             )
             if bad or high > limit or (renyi and low > far) or not B + b < math.inf:
                 return m, S, top, c, D, math.nan, G, E
             m, S, top, c, D, B, G, E = state
             d = D + top
             b = B + min(0.5 * top * top, abs(top))  # B with the top, nearly
-            if guessed and d * d > 1.3 * b * (S + 1.0):
+            if guessed and (d * d > 1.3 * b * (S + 1.0) or abs(d) > off * (S + 1.0)):
                 # The first tile's c was a guess from two maxima.  It was bad: again.
                 guessed = False
                 c2 = f64(f32(c2 - d / (S + 1.0) * LOG2_E))
@@ -346,8 +386,9 @@ def build(operation, dtype_p, dtype_q, exactly):
             j = tile_stop
             if j >= stop:
                 return state
-            if d * d > b * (S + 1.0):
-                # c is off the mean of t by so much that half of B comes from it: move it.
+            if d * d > b * (S + 1.0) or abs(d) > off * (S + 1.0):
+                # c is off the mean of t by so much that half of B comes from it, or that terms are
+                # beyond what is left of them: move it.
                 c2 = f64(f32(c2 - d / (S + 1.0) * LOG2_E))
                 state = moved(state, c2 * LN_2 - c, beta)
             tile_stop = min(j + TILE, stop)
