@@ -4,9 +4,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from klfast.kernels import cpu
 
 import klfast
-from klfast.kernels import cpu
 
 FUNCTIONS: dict[str, tuple[Any, dict[str, float]]] = {
     "kl": (klfast.kl_divergence, {}),

@@ -285,7 +285,8 @@ def _step(
         lead = (*_place(p), *_place(q), *share)
         results = (states, done, redo, _address(out))
         if step.module == "one_pass":
-            reach = _reach(step, exactly)
+            # A power of the sums takes the order's multiple of an error.
+            reach = REACH_EXACTLY if exactly else REACH / max(1.0, step.parameter)
             runs = [(*lead, *results, _address(known), inverse, step.parameter, reach)]
         else:
             constants = None if normalizers is None else _constants(normalizers, p.temperature)
@@ -307,16 +308,10 @@ def _step(
             _step(pair, p, q, again, out, tokens, alone, True, known, normalizers)
 
 
-#: Log-ratios up to which one_pass gives a logarithm, or a power; and where it takes along what
-#: exponents t log2(e) are rounded by.  That is half a unit in their last place: an error of 1.3e-6
-#: beyond 22, where all of Q's mass is at such an index, of twice that with that of P's exponent.
-_REACH = {40.0: (22.0, 60.0), 8.0: (11.0, 60.0)}
-
-
-def _reach(step: Step, exactly: bool) -> float:
-    reach = _REACH[step.limit][exactly]
-    # The power takes the order's multiple of an error.
-    return reach if step.limit == 40.0 else reach / max(1.0, step.parameter)
+#: Log-ratios up to which one_pass gives a result, and where it takes along what exponents
+#: t log2(e) are rounded by.  That is half a unit in their last place: up to 11 an error of 3.3e-7
+#: where all of Q's mass is at such an index, and as much from P's exponent; twice that up to 22.
+REACH, REACH_EXACTLY = 11.0, 60.0
 
 
 def _constants(normalizers: Values, temperature: float) -> Values:

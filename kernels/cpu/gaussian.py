@@ -240,10 +240,7 @@ def build(dtype, prior, gradient):
                         sums = block(start + i, 0, width, pointers, scales)
                         store32(rows + 4 * LANES32 * i, sums)
                     low, high = lane_sums(rows, columns)
-                    if count == LANES32:
-                        at = out + 8 * start
-                    else:
-                        at = columns
+                    at = out + 8 * start if count == LANES32 else columns
                     store64(at, low * 0.5)
                     store64(at + 8 * LANES64, high * 0.5)
                     if hany(~(inside(low) & inside(high))):

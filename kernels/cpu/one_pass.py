@@ -93,8 +93,8 @@ STATE = 8
 #: Rényi divergence of order 1/2 it is three times as large at best.)
 CANCELLATION = 8.0
 
-#: From here on, errors of a few 1e-7 in a result are beside it.
-APART = 1.0
+#: From here on, errors of a few 1e-7 in a result are beside it; and of 1e-7, as ``exactly`` has.
+APART, APART_EXACTLY = 1.0, 0.25
 
 #: Rows that differ by a constant as large as this are left to the float64 kernel.
 FARTHEST = 1000.0
@@ -113,6 +113,7 @@ def arithmetic(operation, exactly):
     allowed = 3.0 * CANCELLATION if both else CANCELLATION
     difference, raised = subtraction(exactly), power(exactly)
     rounded = rounding(exactly)
+    apart = APART_EXACTLY if exactly else APART
 
     @inline
     def exponent(p, q, a, c):
@@ -239,9 +240,11 @@ def arithmetic(operation, exactly):
             E += G / abs(beta)
             C = (G - beta * D) / S
             value += (G / S - excess(C)) / beta
-        # Cancellation among the terms, or in a sum whose logarithm is taken.
+        # Cancellation among the terms, or in a sum whose logarithm is taken.  What is made of the
+        # power has as relative error beta times the error of its logarithm.
         least = min(1.0, 1.0 + A, 1.0 + C)
-        if E > allowed * value * S * least or (both and E > allowed * other * total):
+        most = 1.0 / abs(beta) if renyi else math.inf
+        if E > allowed * min(value, most) * S * least or (both and E > allowed * other * total):
             # Far apart, the logarithms of the sums themselves are exact enough.
             # Rounding errors of either are proportional to what went into its sum.
             ratio = math.log1p(A)
@@ -256,8 +259,11 @@ def arithmetic(operation, exactly):
             if both:
                 other = (G + B + D) / total - ratio
                 least = min(value, other)
-            if not (least >= APART and errors <= CANCELLATION * least * S):
+            if not (least >= apart and errors <= CANCELLATION * min(least, most) * S):
                 return math.nan, math.nan
+        # log2(e), as rounded, is a temperature that is off by 1.3e-8: so much of the logarithm.
+        if renyi and abs(beta) * value > 40.0:
+            return math.nan, math.nan
         if not (noise <= value and abs(c) < FARTHEST and (not both or noise <= other)):
             return math.nan, math.nan
         return max(value, 0.0), max(other, 0.0)
