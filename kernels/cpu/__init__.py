@@ -287,6 +287,8 @@ def _step(
         if step.module == "one_pass":
             # A power of the sums takes the order's multiple of an error.
             reach = REACH_EXACTLY if exactly else REACH / max(1.0, step.parameter)
+            if step.parameter > 2.0:
+                reach = min(reach, step.limit)
             runs = [(*lead, *results, _address(known), inverse, step.parameter, reach)]
         else:
             constants = None if normalizers is None else _constants(normalizers, p.temperature)
