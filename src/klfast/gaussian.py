@@ -488,8 +488,9 @@ def _fused(batch: _Diagonal, scales: Values | None, into: list[NDArray[Any]]) ->
         flat = np.broadcast_to(values, batch.shape).reshape(-1).copy()
     else:
         flat, carried = kernels.gaussian_kl(rows, scales, into)
+        shaped: Values = flat.reshape(batch.shape)
         if carried:
-            return flat.reshape(batch.shape)
+            return shaped
         bad = ~((flat >= UNDERFLOW) & (flat < math.inf))
         if bad.any():
             flat[bad] = _kl(*_some(batch, bad))
