@@ -213,7 +213,10 @@ def arithmetic(operation, exactly):
 
     @inline
     def finish(state, beta):
-        """The divergence and, of both KL, the reverse; NaN where the sums do not carry them."""
+        """The divergence and, of both KL, the reverse; NaN where the sums do not carry them.
+
+        And whether the rows are close enough for the normalizers' ratio to be as exact.
+        """
         m, S, top, c, D, B, G, E = state
         S = S + 1.0
         D = D + top
@@ -244,7 +247,9 @@ def arithmetic(operation, exactly):
         # power has as relative error beta times the error of its logarithm.
         least = min(1.0, 1.0 + A, 1.0 + C)
         most = 1.0 / abs(beta) if renyi else math.inf
-        if E > allowed * min(value, most) * S * least or (both and E > allowed * other * total):
+        close = E <= allowed * min(value, most) * S * least
+        if not close or (both and E > allowed * other * total):
+            close = False
             # Far apart, the logarithms of the sums themselves are exact enough.
             # Rounding errors of either are proportional to what went into its sum.
             ratio = math.log1p(A)
@@ -260,13 +265,13 @@ def arithmetic(operation, exactly):
                 other = (G + B + D) / total - ratio
                 least = min(value, other)
             if not (least >= apart and errors <= CANCELLATION * min(least, most) * S):
-                return math.nan, math.nan
+                return math.nan, math.nan, False
         # log2(e), as rounded, is a temperature that is off by 1.3e-8: so much of the logarithm.
         if renyi and abs(beta) * value > 40.0:
-            return math.nan, math.nan
+            return math.nan, math.nan, False
         if not (noise <= value and abs(c) < FARTHEST and (not both or noise <= other)):
-            return math.nan, math.nan
-        return max(value, 0.0), max(other, 0.0)
+            return math.nan, math.nan, False
+        return max(value, 0.0), max(other, 0.0), close
 
     return moved, under, merge, step, finish
 
@@ -447,17 +452,17 @@ def build(operation, dtype_p, dtype_q, exactly):
                     state = load_state(at)
                     for i in range(1, parts):
                         state = merge(state, load_state(at + i * (8 * STATE)), beta)
-                value, other = finish(state, beta)
+                value, other, close = finish(state, beta)
                 if (value < UNDERFLOW or (both and other < UNDERFLOW)) and differ(x, y, width):
                     value = math.nan
                 if known != 0:
                     # log2 p = a x + kx, log2 q = a y + ky, log2(q/p) = a (y - x) + c.
                     m, S, top, c, D, B, G, E = state
-                    kx = -LOG2_E * (m + math.log1p(S))
+                    kx = -LOG2_E * (m + math.log1p(S)) if close else math.nan
                     c -= math.log1p((B + phi(top) + D + top) / (S + 1.0))
                     poke_f64(known + 24 * row, kx)
                     poke_f64(known + 24 * row + 8, kx + LOG2_E * c)
-                    poke_f64(known + 24 * row + 16, LOG2_E * c)
+                    poke_f64(known + 24 * row + 16, LOG2_E * c if close else math.nan)
                 if both:
                     poke_f64(out + 16 * row, value)
                     poke_f64(out + 16 * row + 8, other)
