@@ -110,9 +110,20 @@ def test_time_spent_adds_up(files: Path) -> None:
 def test_unfinished_files_do_not_count(files: Path) -> None:
     stop_after(9)
     (Path("kept") / ".rows-000000000009-000000000012.npz.7.tmp").write_bytes(b"half of")
-    (Path("kept") / "rows-000000000030-000000000033.npz").write_bytes(b"after a gap")
     assert same(job(resume=True, chunk_rows=3), job(checkpoint=None))
     assert not list(Path("kept").glob(".*"))
+
+
+def test_rows_after_a_gap_are_not_done_again(files: Path) -> None:
+    job()
+    times = {path: path.stat().st_mtime_ns for path in Path("kept").glob("rows-*")}
+    lost = sorted(times)[3]
+    lost.unlink()
+    seen: list[int] = []
+    found = job(resume=True, progress=lambda done, _: seen.append(done))
+    assert same(found, job(checkpoint=None))
+    assert seen == [37, 40]
+    assert {path for path in times if times[path] != path.stat().st_mtime_ns} == {lost}
 
 
 def rewrite() -> None:

@@ -34,6 +34,7 @@ from numpy.typing import NDArray
 from ..plans import (
     CHANGE,
     COLUMNS,
+    ENTRIES,
     EXAMPLE,
     LOG_RATIO,
     LOG_SOFTMAX,
@@ -76,6 +77,9 @@ WORTH_A_THREAD = 1 << 17
 AT_A_TIME = 1 << 16
 #: Bytes of both rows that ``compare`` keeps in cache while every metric reads them.
 CACHE_BLOCK = 1 << 21
+
+#: KL divergences from which the normalizers of a part are compared as they are.
+FAR = 0.02
 
 _LOG2_E = math.log2(math.e)
 _LN_2 = math.log(2.0)
@@ -329,6 +333,10 @@ def _step_exact(
     normalizers: Values | None = None,
 ) -> None:
     """Run a step in float64, whatever the input; or the top_k kernel, which reads alike."""
+    if step == CHANGE:  # what float32 does not carry has no use
+        assert isinstance(out, np.ndarray)
+        out[slice(None) if rows is None else rows] = np.nan
+        return
     if step.operation == "kl_both":
         assert q is not None
         assert isinstance(out, np.ndarray)
@@ -482,7 +490,9 @@ def shard(
     plans = plans_of([*metrics, *([] if q is None else [("kl", ())])])
     batches = [p] if q is None else [p, q]
     single = [statistics_of(side) for side in "pq"[: len(batches)]]
-    if q is not None and not _is_fast(p, q):
+    # Exponentials of large multiples of what is known of a part.
+    powers = any(name == "log_power" and order[0] > 5.0 for name, order in metrics)
+    if q is not None and (powers or not _is_fast(p, q)):
         # Of a pair one of which needs float64, the masses of both do.
         plans = [plan._replace(steps=tuple(map(_in_float64, plan.steps))) for plan in plans]
         single = [_in_float64(step) for step in single]
@@ -493,6 +503,10 @@ def shard(
         _masses(batch, spaces[step], rows) for batch, step in zip(batches, single, strict=True)
     ]
     values = [_planned(plan, spaces, rows, p.count) for plan in plans[: len(metrics)]]
+    keep = slice(None) if rows is None else rows
+    for (name, _), found in zip(metrics, values, strict=True):
+        if name in ENTRIES:
+            found[keep] = _picked(batches[ENTRIES[name]], found[keep], rows)
     if q is None:
         return sides, None, values
     # The kernels' exponents are in base 2, with a rounded 1/T.
@@ -500,9 +514,12 @@ def shard(
         a = float(np.float32(_LOG2_E / p.temperature))
         ratio = known[:, 2] - a * (sides[0][:, 0] - sides[1][:, 0])
         ratio *= _LN_2 * (_LOG2_E / p.temperature / a)
+        # Its error is that of E_p[exp(t) - 1], which far from 0 is more than that of two sums.
+        kl = _planned(plans[-1], spaces, rows, p.count)
+        ratio = np.where(kl < FAR, ratio, sides[0][:, 1] - sides[1][:, 1])
     numbers = np.arange(p.count) if rows is None else rows
     # The largest log(p/q) is as exact as this is.
-    exactly = ("renyi", (math.inf,)) in metrics
+    exactly = powers or any(name in ENTRIES for name, _ in metrics)
     carried = np.isfinite(ratio[numbers]) & (not exactly)
     done, left = numbers[carried], numbers[~carried]
     if first_order and len(done):
@@ -510,6 +527,7 @@ def shard(
         change = np.zeros(p.count)
         _step(CHANGE, p, q, done, change, None, exactly=True, normalizers=normalizers)
         ratio[done] -= change[done]
+        left = np.union1d(left, done[np.isnan(change[done])])
     if len(left):
         _step(LOG_RATIO, p, q, left, ratio, None)
     return sides, ratio, values
@@ -519,6 +537,15 @@ def _in_float64(step: Step) -> Step:
     return step._replace(module="exact") if step.module == "single_pass" else step
 
 
+def _picked(batch: Rows, indices: Values, rows: Numbers | None) -> Values:
+    """One entry of each row as it is given, NaN where its index is."""
+    found = np.full(len(indices), np.nan)
+    there = np.isfinite(indices)
+    numbers = (np.arange(batch.count) if rows is None else rows)[there]
+    found[there] = _entries(batch, numbers, indices[there].astype(np.int64))
+    return found
+
+
 def _masses(batch: Rows, statistics: Values, rows: Numbers | None) -> Values:
     """Largest entry, log-sum and index, of the statistics of one batch."""
     columns = np.full((batch.count, 3), np.nan)
@@ -526,10 +553,9 @@ def _masses(batch: Rows, statistics: Values, rows: Numbers | None) -> Values:
     m, S, _, k = statistics[keep, :4].T
     empty = np.isnan(m) & (S == 0.0) & (k < 0.0)
     index = np.where(np.isnan(m) & ~empty, np.nan, k)
-    largest = np.where(empty, -np.inf, np.nan)
     usable = ~np.isnan(m)
-    numbers = np.arange(batch.count)[keep][usable]
-    largest[usable] = _entries(batch, numbers, k[usable].astype(np.int64))
+    largest = _picked(batch, np.where(usable, k, np.nan), rows)
+    largest = np.where(empty, -np.inf, largest)
     log_sum = np.where(empty, 0.0, np.where(usable, np.log1p(S), np.nan))
     columns[keep] = np.stack([largest, log_sum, index], axis=-1)
     return columns

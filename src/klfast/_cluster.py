@@ -11,72 +11,47 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ._checkpoint import Checkpoint, Part, identity
+from ._checkpoint import Part, identity
 from ._sources import SourceError
 
 if TYPE_CHECKING:
-    from ._job import Job, Progress
+    from ._job import Job, Measured
 
-__all__ = ["run_on"]
+__all__ = ["measured_on"]
 
 #: How long a scheduler has to answer.
 CONNECT_SECONDS = 20
 
 
-def run_on(
-    address: str,
-    job: Job,
-    progress: Progress | None,
-    checkpoint: str | os.PathLike[str] | None,
-    resume: bool,
-) -> None:
-    """Do a job on the cluster whose scheduler has this address, or on a new "local" one.
+def measured_on(address: str, job: Job, starts: Sequence[int]) -> Measured:
+    """The columns of these chunks, as they are done.
 
-    Ranges whose files cannot be read are left out, and named in the SourceError that is raised when
-    everything else is done, and kept if there is a checkpoint.
+    By the cluster whose scheduler has this address, or by a new "local" one.
     """
-    saved, parts = None, {}
-    if checkpoint is not None:
-        saved = Checkpoint(Path(checkpoint), job.identity(), resume)
-        parts = {start: (stop, part) for start, stop, part in saved.scattered()}
-    covered = {
-        row for start, (stop, _) in parts.items() for row in range(start, stop, job.chunk_rows)
-    }
-    starts = [start for start in range(0, job.rows, job.chunk_rows) if start not in covered]
-    job.done = sum(stop - start for start, (stop, _) in parts.items())
-    failed: list[tuple[int, str]] = []
     with _client(address) as client:
         print_dashboard(client)
         futures = client.map(_measured, starts, arguments=_portable(job), pure=False)
         at = dict(zip(futures, starts, strict=True))
         for future in import_module("distributed").as_completed(futures):
             start = at.pop(future)
-            if future.status != "finished":
-                failed.append((start, _reason(future.exception())))
-                continue
-            stop, part = min(start + job.chunk_rows, job.rows), future.result()
+            if future.status == "finished":
+                yield start, future.result()
+            else:
+                yield start, _failure(future)
             future.release()
-            if saved is not None:
-                saved.put(start, stop, part)
-            parts[start] = stop, part
-            job.done += stop - start
-            if progress is not None:
-                progress(job.done, job.rows)
-    if failed:
-        start, reason = min(failed)
-        kept = "" if saved is None else f"; what is done is kept in {saved.folder}"
-        raise SourceError(
-            f"{len(failed)} of {len(starts)} ranges of rows failed, the first at row {start}: "
-            f"{reason}{kept}"
-        )
-    for start in sorted(parts):
-        job.take(parts[start][1])
+
+
+def _failure(future: Any) -> SourceError:
+    error = future.exception()
+    if isinstance(error, SourceError):
+        return error
+    return SourceError(_reason(error))
 
 
 def print_dashboard(client: Any) -> None:

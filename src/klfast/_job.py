@@ -7,8 +7,8 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypedDict, Unpack, overload
 
@@ -17,17 +17,27 @@ from numpy.typing import NDArray
 
 from ._arguments import CompareOptions, check_options
 from ._arrays import FLOATS
-from ._checkpoint import Checkpoint, identity
+from ._checkpoint import Checkpoint, Part, identity
 from ._compare import Comparison
 from ._evaluation import Evaluation, Rows, measures
 from ._heads import open_description
 from ._operations import DEFAULT_METRICS, TARGET_METRICS, parse_metric
 from ._pairs import NOISE_ROWS, FlooredPair, Pair, check_floored
-from ._sources import ArraySource, LogitSource, SourceError, open_logits, open_targets
+from ._sources import (
+    ArraySource,
+    LogitSource,
+    ShardedSource,
+    SourceError,
+    completed,
+    open_available,
+    open_targets,
+)
 from .llama_cpp import BaseLogits, check_same_text
 
 Logits: TypeAlias = "str | os.PathLike[str] | LogitSource | Any"
 Progress: TypeAlias = Callable[[int, int], None]
+#: The columns of chunks as they are done, each with its first row, or why there are none.
+Measured: TypeAlias = Generator[tuple[int, Part | SourceError], None, None]
 
 # All inputs' bytes in one chunk: far above the cost of a call, far below a laptop's memory, and
 # often enough for a progress bar.
@@ -63,9 +73,9 @@ class Job:
     ) -> None:
         if not tests:
             raise ValueError("test is empty; accepted: at least one candidate")
-        self.base = as_source(base, "base", key)
         roles = ["test"] if len(tests) == 1 else [f"test {i + 1}" for i in range(len(tests))]
-        self.tests = [as_source(each, role, key) for each, role in zip(tests, roles, strict=True)]
+        given = [(base, "base"), *zip(tests, roles, strict=True)]
+        self.base, *self.tests = completed([as_source(*each, key) for each in given])
         self.settings: dict[str, Any] = {
             "metrics": metrics, "temperature": temperature, "input": input,
             "vocab_size": vocab_size, "backend": backend,
@@ -107,7 +117,6 @@ class Job:
         self.names = measures(metrics, self.targets is not None)
         self.evaluations = [self._started(number) for number in range(len(self.tests))]
         self.done = 0
-        self._saved_seconds = [0.0] * len(self.tests)
         rounded = {"float16", "bfloat16"} & {each.dtype for each in sources}
         if rounded and input == "logits" and where is None:
             sample = np.linspace(0, self.rows - 1, min(NOISE_ROWS, self.rows))
@@ -137,42 +146,101 @@ class Job:
         checkpoint_seconds: float = 10.0,
         dask: str | None = None,
     ) -> list[Evaluation]:
-        """Do it, and return one evaluation a candidate."""
-        if dask is not None:
-            from ._cluster import run_on
+        """Do it, and return one evaluation a candidate.
 
-            run_on(dask, self, progress, checkpoint, resume)
-            return self.evaluations
-        saved = self._resume(Path(checkpoint), resume) if checkpoint is not None else None
+        Ranges of rows whose files cannot be read are left out, and named in the SourceError that is
+        raised when everything else is done, and kept if there is a checkpoint.
+        """
+        saved = None
+        parts: list[tuple[int, int, Part]] = []
+        if checkpoint is not None:
+            saved = Checkpoint(Path(checkpoint), self.identity(), resume)
+            parts = list(saved.parts())
+        covered = {row for start, stop, _ in parts for row in range(start, stop, self.chunk_rows)}
+        starts = [row for row in range(0, self.rows, self.chunk_rows) if row not in covered]
+        self.done = sum(stop - start for start, stop, _ in parts)
         if progress is not None and self.done:
             progress(self.done, self.rows)
-        saved_at = lap = time.perf_counter()
+        if dask is None:
+            running = self._measured(starts)
+        else:
+            from ._cluster import measured_on
+
+            running = measured_on(dask, self, starts)
+            checkpoint_seconds = 0.0  # a range may have taken a worker long
+        unsaved: list[tuple[int, int, Part]] = []
+        failed: dict[int, SourceError] = {}
+        saved_at = time.perf_counter()
         try:
-            for rows in self.chunks(self.done):
-                for evaluation, each in zip(self.evaluations, rows, strict=True):
-                    evaluation.add(each)
-                    lap, before = time.perf_counter(), lap
-                    evaluation.seconds += lap - before
-                self.done = min(self.done + self.chunk_rows, self.rows)
+            for start, found in running:
+                stop = min(start + self.chunk_rows, self.rows)
+                part = _doubt(start, stop, failed.values()) or found
+                if isinstance(part, SourceError):
+                    failed[start] = part
+                    if saved is not None and part.file is not None:
+                        saved.note_unreadable(part.file)
+                    unsaved, _ = _without(unsaved, part)
+                    parts, dropped = _without(parts, part)
+                    failed |= {row: part for first, last, _ in dropped
+                               for row in range(first, last, self.chunk_rows)}  # fmt: skip
+                    if dropped and saved is not None:
+                        saved.drop(*part.doubtful, parts)
+                else:
+                    parts.append((start, stop, part))
+                    unsaved.append(parts[-1])
+                self.done = sum(last - first for first, last, _ in parts)
                 if saved is not None and time.perf_counter() - saved_at >= checkpoint_seconds:
-                    self._save(saved)
+                    saved.put(unsaved)
+                    unsaved = []
                     saved_at = time.perf_counter()
                 if progress is not None:
                     progress(self.done, self.rows)
         finally:
-            if saved is not None and saved.rows < self.done:
-                self._save(saved)
+            running.close()
+            if saved is not None:
+                saved.put(unsaved)
+        if failed:
+            kept = "" if saved is None else f"; what is done is kept in {saved.folder}"
+            reasons = dict.fromkeys(str(failed[start]) for start in sorted(failed))
+            first, *rest = reasons
+            also = f", and {len(rest)} more such as this: {rest[0]}" if rest else ""
+            raise SourceError(
+                f"{first}{also}; {self.done} of {self.rows} rows are done, {len(failed)} ranges of "
+                f"rows failed, the first at row {min(failed)}{kept}"
+            )
+        for _, _, part in sorted(parts, key=lambda each: each[:2]):
+            self._take(part)
         return self.evaluations
 
-    def chunks(self, start: int = 0) -> Iterator[list[Rows]]:
-        """Every candidate's rows from ``start`` on, chunk by chunk; the next is read meanwhile."""
-        starts = iter(range(start, self.rows, self.chunk_rows))
+    def _measured(self, starts: Sequence[int]) -> Measured:
+        """The columns of these chunks, each with its first row; the next is read meanwhile."""
+        left = iter(starts)
+        lap = time.perf_counter()
         with ThreadPoolExecutor(1, "klfast-read") as reader:
-            ahead = [reader.submit(self._read, first) for first in itertools.islice(starts, 1)]
-            while ahead:
-                rows = ahead.pop().result()
-                ahead += [reader.submit(self._read, first) for first in itertools.islice(starts, 1)]
-                yield rows
+
+            def ahead() -> list[tuple[int, Future[list[Rows] | SourceError]]]:
+                return [(s, reader.submit(self._available, s)) for s in itertools.islice(left, 1)]
+
+            following = ahead()
+            while following:
+                start, reading = following.pop()
+                rows = reading.result()
+                following = ahead()
+                found: Part | SourceError
+                try:
+                    if isinstance(rows, SourceError):
+                        raise rows
+                    found = self._columns(start, rows, lap)
+                except SourceError as error:
+                    found = error
+                lap = time.perf_counter()
+                yield start, found
+
+    def _available(self, start: int) -> list[Rows] | SourceError:
+        try:
+            return self._read(start)
+        except SourceError as error:
+            return error
 
     def _read(self, start: int) -> list[Rows]:
         stop = min(start + self.chunk_rows, self.rows)
@@ -215,11 +283,14 @@ class Job:
         evaluation.stored_noise = self.pairs[number].noise_floor
         return evaluation
 
-    def measured(self, start: int) -> dict[str, NDArray[Any]]:
+    def measured(self, start: int) -> Part:
         """The columns of the chunk that begins with this row, as a checkpoint keeps them."""
         began = time.perf_counter()
-        part: dict[str, NDArray[Any]] = {}
-        for number, rows in enumerate(self._read(start)):
+        return self._columns(start, self._read(start), began)
+
+    def _columns(self, start: int, blocks: Sequence[Rows], began: float) -> Part:
+        part: Part = {}
+        for number, rows in enumerate(blocks):
             evaluation = self._started(number)
             evaluation.add(rows)
             columns, noise = evaluation.stored()
@@ -227,9 +298,13 @@ class Job:
             part[f"{number}/noise"] = np.array(noise)
             began, before = time.perf_counter(), began
             part[f"{number}/seconds"] = np.array(began - before)
+        # A file that was written to meanwhile may have held anything.
+        for source in (self.base, *self.tests):
+            if isinstance(source, (ArraySource, ShardedSource)):
+                source.check(start, min(start + self.chunk_rows, self.rows))
         return part
 
-    def take(self, part: Mapping[str, NDArray[Any]]) -> None:
+    def _take(self, part: Part) -> None:
         """Take over the columns of rows that follow those that are there."""
         known = {
             "targets": "absent" if self.targets is None else "given",
@@ -260,28 +335,24 @@ class Job:
             "chunk_rows": self.chunk_rows,
         }  # fmt: skip
 
-    def _resume(self, folder: Path, resume: bool) -> Checkpoint:
-        """Open the checkpoint, and take over what it holds."""
-        saved = Checkpoint(folder, self.identity(), resume)
-        for part in saved.parts():
-            self.take(part)
-        self.done = saved.rows
-        self._saved_seconds = [each.seconds for each in self.evaluations]
-        return saved
 
-    def _save(self, saved: Checkpoint) -> None:
-        """Keep the rows that are done: those of a chunk that was interrupted are not."""
-        part: dict[str, NDArray[Any]] = {}
-        noise = [int(np.sum(self._noise_rows < row)) for row in (saved.rows, self.done)]
-        for number, evaluation in enumerate(self.evaluations):
-            columns, estimates = evaluation.stored()
-            for name, column in columns.items():
-                part[f"{number}/{name}"] = column[saved.rows : self.done]
-            part[f"{number}/noise"] = np.array(estimates[noise[0] : noise[1]])
-            spent = evaluation.seconds - self._saved_seconds[number]
-            part[f"{number}/seconds"] = np.array(spent)
-            self._saved_seconds[number] = evaluation.seconds
-        saved.add(self.done, part)
+_Ranges: TypeAlias = "list[tuple[int, int, Part]]"
+
+
+def _doubt(start: int, stop: int, errors: Iterable[SourceError]) -> SourceError | None:
+    """The error by which nothing is to be believed of these rows."""
+    for error in errors:
+        first, last = error.doubtful
+        if start < last and first < stop:
+            return error
+    return None
+
+
+def _without(parts: _Ranges, error: SourceError) -> tuple[_Ranges, _Ranges]:
+    """Ranges that an error leaves as they are, and those of which nothing is to be believed."""
+    dropped = [each for each in parts if _doubt(each[0], each[1], [error])]
+    gone = {each[0] for each in dropped}
+    return [each for each in parts if each[0] not in gone], dropped
 
 
 class JobOptions(TypedDict, total=False):
@@ -432,7 +503,7 @@ def as_source(logits: Logits, role: str, key: str | None = None) -> LogitSource:
         name = os.fspath(logits)
         if name.endswith(".json") and not name.endswith(".index.json"):
             return open_description(logits)
-        return open_logits(logits, key)
+        return open_available(logits, key)
     if isinstance(logits, LogitSource):
         return logits
     if hasattr(logits, "shape") and hasattr(logits, "dtype"):

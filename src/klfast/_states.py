@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ._arguments import Batch, Settings, check_options, prepare
-from ._chain_rule import HEADER, SECOND_PHASE, Measure, merge, needed, value_of
+from ._chain_rule import HEADER, SECOND_PHASE, TOP_RATIO, Measure, merge, needed, value_of
 from ._operations import Operation, parse_metric
 
 __all__ = ["RowState", "StateOptions"]
@@ -54,8 +54,8 @@ class RowState:
         values = whole.finish(sums + sums_of_the_other_shards)
 
     Everything else takes one exchange. KL, Rényi and entropies follow from those within the parts
-    and of the parts' masses by the chain rule, where nothing cancels: the relative error is at most
-    twice that of a value of whole rows, from however many parts. See docs/scale.md.
+    and of the parts' masses by the chain rule, where nothing cancels: from however many parts,
+    values are as exact as those of whole rows. See docs/scale.md.
     """
 
     __slots__ = ("array", "metrics", "shape", "temperature", "weights")
@@ -165,7 +165,7 @@ class RowState:
         """
         _, operations = _parse(self.metrics)
         measures, sides = _measures(operations), _sides(operations)
-        p, q = (*self.temperature, 1.0)[:2]
+        temperatures = self._pair_of_temperatures
         arrays = [self.array]
         for other in others:
             if not isinstance(other, RowState):
@@ -178,9 +178,13 @@ class RowState:
         # Neighbours first, then pairs of them: fewer roundings than one after the other.
         while len(arrays) > 1:
             pairs = zip(arrays[::2], arrays[1::2], strict=False)
-            merged = [merge(*pair, sides, measures, (p, q), self.weights) for pair in pairs]
+            merged = [merge(*pair, sides, measures, temperatures, self.weights) for pair in pairs]
             arrays = merged + arrays[len(arrays) // 2 * 2 :]
         return self.with_array(arrays[0])
+
+    @property
+    def _pair_of_temperatures(self) -> tuple[float, float]:
+        return self.temperature[0], self.temperature[-1]
 
     @property
     def needs_sums(self) -> tuple[str, ...]:
@@ -265,10 +269,10 @@ class RowState:
                     _, largest = operation.bounds(parameters, 1)
                     values = np.clip(added[:, wanted.index(name)], 0.0, largest)
                 else:
-                    temperature = self.temperature[0]
                     values = value_of(
-                        operation.name, parameters, columns, found, temperature, self.weights
-                    )
+                        operation.name, parameters, columns, found, self._pair_of_temperatures,
+                        self.weights,
+                    )  # fmt: skip
                 valid = np.logical_and.reduce([proper[side] for side in operation.rows])
                 values = np.where(valid, values, np.nan)
                 if operation.logarithmic:
@@ -376,6 +380,11 @@ def _read(
         if measure.name in _TOKENS:
             empty_side = nothing["pq".index(measure.name[-1])]
             value = np.where(inside & ~empty_side, value, np.inf)
+        elif measure in TOP_RATIO:
+            missing = (value == 0.0) & (settings.input == "probs")
+            value = np.where(missing | nothing[TOP_RATIO.index(measure)], -np.inf, value)
+            if measure == TOP_RATIO[0]:
+                value = np.where(nothing[1], found[0][:, 0], value)
         else:
             without = {"entropy_p": nothing[0], "renyi_entropy": nothing[0]}.get(measure.name)
             if measure.name == "entropy_q":
