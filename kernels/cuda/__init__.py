@@ -10,6 +10,7 @@ matrix of float64 values, one row of it for each row of logits:
 ``exact``               all of them, and the rest, in float64, for any input
 ``exact_gradients``     gradients with respect to the logits, in float64, for any input
 ``top_k``               overlap of the largest entries
+``shards``              what is known of rows that are parts of wider ones, in float64
 ``finish``              the results, from the values
 ======================  ====================================================================
 
@@ -20,15 +21,15 @@ call needs beside its results comes from CuPy's pool, and goes back there in the
 stream. How rows are cut depends on their shape and on the device alone: the same call gives the
 same bits.
 
-``evaluate``, ``differentiate`` and ``normalize`` are for rows on a device; the functions of the
-same names as in other backends are for rows on the host, which are streamed.
+``evaluate``, ``differentiate``, ``normalize`` and what ends in ``_on_device`` are for rows on a
+device; the functions of the same names as in other backends are for rows on the host, which are
+streamed.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import NoReturn
 
 import cupy
 import numpy as np
@@ -42,6 +43,7 @@ from ..plans import EXAMPLE, LOG_SOFTMAX, plan_of
 from . import launches, loader, streaming
 from .launches import differentiate, evaluate
 from .launches import log_softmax as normalize
+from .shards import partial_sums, partial_sums_on_device, shard, shard_on_device
 from .streaming import log_softmax
 
 __all__ = [
@@ -55,8 +57,10 @@ __all__ = [
     "log_softmax",
     "normalize",
     "partial_sums",
+    "partial_sums_on_device",
     "run",
     "shard",
+    "shard_on_device",
     "warmup",
 ]
 
@@ -121,17 +125,6 @@ def gradient(*arguments: object) -> None:
         "backend 'cuda' has gradients for arrays on a GPU; accepted for arrays on the host: 'cpu', "
         "'reference'"
     )
-
-
-def shard(*arguments: object, **options: object) -> NoReturn:
-    """Refuse: states of parts of rows are made on the host."""
-    raise BackendUnavailable(
-        "backend 'cuda' has no states of parts of rows; accepted for arrays on the host: 'cpu', "
-        "'reference'"
-    )
-
-
-partial_sums = shard
 
 
 def explain(name: str, p: Rows, q: Rows | None) -> dict[str, object]:

@@ -23,6 +23,7 @@ MORE_HEADERS = {
     "two_phase": ("pairs.cuh",),
     "exact": ("exact.cuh",),
     "exact_gradients": ("exact.cuh",),
+    "shards": ("exact.cuh",),
     "finish": ("finish.cuh",),
 }
 

@@ -21,7 +21,7 @@ from klfast._dispatch import Result
 
 from . import launches
 
-__all__ = ["log_softmax", "values_of"]
+__all__ = ["log_softmax", "stream", "values_of"]
 
 Values = NDArray[np.float64]
 Numbers = NDArray[np.int64]
@@ -122,8 +122,8 @@ def _streams(device: int) -> tuple[Any, Any]:
     return kept[device]
 
 
-def _stream(
-    arrays: Sequence[_Array],
+def stream(
+    batches: Sequence[Rows],
     numbers: Numbers,
     tokens: Numbers | None,
     result_bytes: int,
@@ -135,6 +135,7 @@ def _stream(
     ``queue`` gets the rows on the device, a pointer to their tokens and the address of the results,
     which take ``result_bytes`` a row; ``store`` takes these from the host's memory.
     """
+    arrays = [_Array.of(each) for each in batches]
     row_bytes = result_bytes + 8 + sum(array.pitch for array in arrays if not array.repeated)
     at_a_time = min(len(numbers), max(1, CHUNK // row_bytes))
     size = 8 * at_a_time + PITCH + sum(array.bytes_of(at_a_time) for array in arrays)
@@ -214,14 +215,14 @@ def values_of(
             values[some] = found_here
 
     numbers = np.arange(p.count) if rows is None else rows
-    arrays = [_Array.of(each) for each in (p, q) if each is not None]
-    _stream(arrays, numbers, tokens, 8 * len(metrics), queue, store)
+    batches = [each for each in (p, q) if each is not None]
+    stream(batches, numbers, tokens, 8 * len(metrics), queue, store)
     return found
 
 
 def log_softmax(x: Rows, rows: Numbers | None, out: Rows) -> None:
     """Write the log-probabilities of every entry into the memory of ``out``, on the host."""
-    array, results = _Array.of(x), _Array.of(out)
+    results = _Array.of(out)
 
     def queue(on_device: list[Rows], tokens_here: Any, address: int) -> None:
         (source,) = on_device
@@ -234,4 +235,4 @@ def log_softmax(x: Rows, rows: Numbers | None, out: Rows) -> None:
             at += len(target)
 
     numbers = np.arange(x.count) if rows is None else rows
-    _stream([array], numbers, None, results.pitch, queue, store)
+    stream([x], numbers, None, results.pitch, queue, store)

@@ -42,8 +42,8 @@ CHOICES = ("auto", *MODULES)
 class Backend(Protocol):
     """What the module of a backend offers. Values are float64, in nats, one a row.
 
-    All rows are on the host, but those of `evaluate`, `differentiate` and `normalize`, which only
-    the backend of a device has.
+    All rows are on the host, but those of `evaluate`, `differentiate`, `normalize` and what ends in
+    `_on_device`, which only the backend of a device has.
     """
 
     __name__: str
@@ -122,6 +122,26 @@ class Backend(Protocol):
 
         `normalizers` has m and L of the whole rows of p, of q, and Lx - Ly, as columns.
         """
+
+    def shard_on_device(
+        self,
+        metrics: Sequence[tuple[str, tuple[float, ...]]],
+        p: Rows,
+        q: Rows | None,
+        where: Any,
+        tokens: Any,
+    ) -> tuple[list[NDArray[np.float64]], NDArray[np.float64] | None, list[NDArray[np.float64]]]:
+        """Return on the host what `shard` does; `where` and `tokens` are CuPy's pointers."""
+
+    def partial_sums_on_device(
+        self,
+        metrics: Sequence[tuple[str, tuple[float, ...]]],
+        p: Rows,
+        q: Rows,
+        where: Any,
+        normalizers: NDArray[np.float64],
+    ) -> list[NDArray[np.float64]]:
+        """Return on the host what `partial_sums` does; `normalizers` is on the host too."""
 
     def evaluate(
         self,

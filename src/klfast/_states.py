@@ -10,6 +10,7 @@ from typing import Any, Literal, TypedDict, Unpack
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from . import _device
 from ._arguments import Batch, Settings, check_options, prepare
 from ._chain_rule import HEADER, SECOND_PHASE, TOP_RATIO, Measure, merge, needed, value_of
 from ._operations import Operation, parse_metric
@@ -121,7 +122,8 @@ class RowState:
 
         Arguments:
             p: logits, shape (..., entries), as for the functions of klfast: of any library and
-                strides, read in place. There may be no entries at all.
+                strides, read in place. There may be no entries at all. Arrays on a GPU are read
+                there, and only the numbers of the state come to the host, which waits for them.
             q: the second batch, of the same entries; None where all metrics are of one batch.
             metrics: names as for `compare`, but for "topk_overlap", and of functions of one batch:
                 "entropy", "logsumexp", "token_log_probs", "renyi_entropy:A".
@@ -226,7 +228,12 @@ class RowState:
         assert batch.q is not None
         if wanted and not batch.idle:
             header = np.ascontiguousarray(self.array[:, : len(HEADER[2])])
-            found = batch.backend.partial_sums(list(wanted), batch.p, batch.q, batch.rows, header)
+            if batch.place.device == "cpu":
+                found = batch.backend.partial_sums(
+                    list(wanted), batch.p, batch.q, batch.rows, header
+                )
+            else:
+                found = _device.partial_sums(batch, list(wanted), header)
             for number, values in zip(wanted.values(), found, strict=True):
                 sums[:, number] = values
         return sums
@@ -360,10 +367,13 @@ def _read(
         return batch.shape, state, temperatures
     local, inside = _local_tokens(targets, batch, offset)
     asked = [each for each in measures if each.name not in _INDICES]
-    found, ratio, values = batch.backend.shard(
-        [(each.name, each.parameters) for each in asked],
-        batch.p, batch.q, batch.rows, local, first_order,
-    )  # fmt: skip
+    metrics = [(each.name, each.parameters) for each in asked]
+    if batch.place.device == "cpu":
+        found, ratio, values = batch.backend.shard(
+            metrics, batch.p, batch.q, batch.rows, local, first_order
+        )
+    else:
+        found, ratio, values = _device.shard(batch, metrics, local)
     for number, side in enumerate(found):
         state[:, 2 * number : 2 * number + 2] = side[:, :2]
     nothing = [side[:, 0] == -np.inf for side in found]
@@ -393,7 +403,11 @@ def _read(
             value = np.where(one_sided if without is None else without, 0.0, value)
         state[:, number] = value
     if batch.keep is not None:
-        state[~batch.keep] = np.nan
+        keep = batch.keep
+        if batch.place.device != "cpu":
+            with _device.on(batch.place):
+                keep = _device.fetched(keep, batch.shape).ravel()
+        state[~keep] = np.nan
     return batch.shape, state, temperatures
 
 

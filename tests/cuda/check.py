@@ -141,6 +141,7 @@ def requests(architecture: str, cases: Sequence[Case] = CASES) -> list[Request]:
         MaxSharedMemoryPerBlockOptin=block, MaxSharedMemoryPerMultiprocessor=together,
     ):  # fmt: skip
         launches = import_module("klfast.kernels.cuda.launches")
+        shards = import_module("klfast.kernels.cuda.shards")
         with patch("cupy.RawModule", Module):
             for case in cases:
                 count, width = case.rows, case.width
@@ -152,6 +153,9 @@ def requests(architecture: str, cases: Sequence[Case] = CASES) -> list[Request]:
                     results = [launches.Result(_rows("float32", count, 1))] * len(group)
                     launches.evaluate(group, p, second, None, None, results)
                 launches.log_softmax(p, None, _rows("float32", count, width))
+                shards.queue_states([], p, q, None, None, 0)
+                whole = _rows("float64", count, 5)
+                shards.queue_sums([("tv", ()), ("js", (0.5,))], p, q, whole, None, 0)
                 result = launches.Result(_rows("float32", count, 1))
                 for name in DIFFERENTIABLE:
                     metric = name, EXAMPLE.get(name, ())
