@@ -12,6 +12,7 @@ import importlib
 import itertools
 import json
 import math
+import mmap
 import os
 import re
 import struct
@@ -96,6 +97,14 @@ class ArraySource:
             isinstance(array, np.ndarray) and array.ndim > 2 and not array.flags.c_contiguous
         )
         self._array = array if self._gather else array.reshape(-1, self.shape[-1])
+
+    def release(self) -> None:
+        """Give the pages of a mapped file back, which count as memory of this process."""
+        mapped: Any = self._array
+        while mapped is not None and not isinstance(mapped, mmap.mmap):
+            mapped = getattr(mapped, "base", None)
+        if mapped is not None and hasattr(mapped, "madvise"):  # not on Windows
+            mapped.madvise(mmap.MADV_DONTNEED)
 
     def check(self, start: int, stop: int) -> None:
         """Raise if the file is not what was mapped: rows read meanwhile may be anything."""
@@ -238,6 +247,12 @@ class ShardedSource:
             found: NDArray[Any] = parts[0]  # not copied
             return found
         return np.concatenate(parts) if parts else self.shards[0].read(0, 0)
+
+    def release(self) -> None:
+        """Give the pages of mapped files back, which count as memory of this process."""
+        for shard in self.shards:
+            if isinstance(shard, ArraySource):
+                shard.release()
 
     def check(self, start: int, stop: int) -> None:
         """Raise if a file with some of these rows is not what it was."""
