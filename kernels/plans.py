@@ -14,12 +14,12 @@ from enum import IntEnum
 from typing import NamedTuple
 
 __all__ = [
-    "CHANGE",
     "COLUMNS",
     "ENTRIES",
     "EXAMPLE",
     "LOG_RATIO",
     "LOG_SOFTMAX",
+    "NORMALIZERS",
     "STATISTICS",
     "Finish",
     "Plan",
@@ -181,8 +181,8 @@ _PLANS = {
 LOG_RATIO = Step("exact", "log_ratio", "pq")
 #: Measures of shards that are the entry of one of the rows at an index that the plan gives.
 ENTRIES = {"top_ratio_p": 0, "top_ratio_q": 1}
-#: sum (q - p) of normalizers that are given.
-CHANGE = Step("two_phase", "change", "pq")
+#: What knows log(Sx/Sy), with references instead of m, symmetrically and to first order.
+NORMALIZERS = Step("two_phase", "tv", "pq", 0.0, 40.0)
 
 #: What writes log-probabilities; it gives no values.
 LOG_SOFTMAX = Step("single_pass", "log_softmax", "p")

@@ -32,12 +32,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..plans import (
-    CHANGE,
     COLUMNS,
     ENTRIES,
     EXAMPLE,
     LOG_RATIO,
     LOG_SOFTMAX,
+    NORMALIZERS,
     Finish,
     Plan,
     Step,
@@ -333,10 +333,6 @@ def _step_exact(
     normalizers: Values | None = None,
 ) -> None:
     """Run a step in float64, whatever the input; or the top_k kernel, which reads alike."""
-    if step == CHANGE:  # what float32 does not carry has no use
-        assert isinstance(out, np.ndarray)
-        out[slice(None) if rows is None else rows] = np.nan
-        return
     if step.operation == "kl_both":
         assert q is not None
         assert isinstance(out, np.ndarray)
@@ -431,18 +427,20 @@ def _steps(
     rows: Numbers | None,
     tokens: Numbers | None,
     known: Values | None = None,
+    exactly: bool = False,
 ) -> dict[Step, Values]:
     """What each step gives.
 
     Each thread takes a few rows at a time and runs every step on them while they are in its
-    cache.  ``known`` gets the constants of the rows from the step that gives KL.
+    cache.  ``known`` gets the constants of the rows from the step that has them: of rows that are
+    not cut, if it is to have them ``exactly``.
     """
     spaces = {step: _empty(step, p.count) for step in steps}
     into = {step: known if step in _KNOWING else None for step in spaces}
     numbers = np.arange(p.count) if rows is None else rows
     row_bytes = p.width * (_ITEMSIZE[p.dtype] + (0 if q is None else _ITEMSIZE[q.dtype]))
     at_a_time = max(1, CACHE_BLOCK // row_bytes)
-    if len(numbers) < FEW_ROWS and p.width > PART:
+    if len(numbers) < FEW_ROWS and p.width > PART and not exactly:
         # Too few to give every thread rows of its own: all threads work on each row.
         for step, space in spaces.items():
             _step(step, p, q, rows, space, tokens, known=into[step])
@@ -453,7 +451,7 @@ def _steps(
             for start in starts:
                 block = numbers[start : start + at_a_time]
                 for step, space in spaces.items():
-                    _step(step, p, q, block, space, tokens, alone=True, known=into[step])
+                    _step(step, p, q, block, space, tokens, True, exactly, into[step])
 
         blocks = -(-len(numbers) // at_a_time)
         threads.run(work, min(get_num_threads(), blocks))
@@ -469,7 +467,7 @@ def _planned(plan: Plan, spaces: dict[Step, Values], rows: Numbers | None, count
 
 #: Steps that leave the constants of each row.
 _KNOWING = {step for both in ([("kl", ())], [("kl", ()), ("reverse_kl", ())])
-            for plan in plans_of(both) for step in plan.steps}  # fmt: skip
+            for plan in plans_of(both) for step in plan.steps} | {NORMALIZERS}  # fmt: skip
 
 
 def shard(
@@ -478,14 +476,15 @@ def shard(
     q: Rows | None,
     rows: Numbers | None,
     tokens: Numbers | None,
-    first_order: bool = False,
+    symmetric: bool = False,
 ) -> tuple[list[Values], Values | None, list[Values]]:
     """What is known of each row by itself, as of a part of a wider one.
 
     Of each batch the largest entry m as it is given, L = log sum exp((x - m)/T) and the index of
     m, three columns: NaN where the row is no distribution, -inf, 0 and -1 where all of it is -inf.
-    Of two batches Lx - Ly, as exactly as the rows are close; ``first_order`` where what it is off
-    enters a result as it is, and not as its square.  And the values of the metrics.
+    Of two batches Lx - Ly, as exactly as the rows are close; ``symmetric`` where exchanging them
+    must change nothing but its sign, and what it is off may enter a result as it is, and not as its
+    square.  And the values of the metrics.
     """
     plans = plans_of([*metrics, *([] if q is None else [("kl", ())])])
     batches = [p] if q is None else [p, q]
@@ -509,25 +508,22 @@ def shard(
             found[keep] = _picked(batches[ENTRIES[name]], found[keep], rows)
     if q is None:
         return sides, None, values
+    if symmetric:
+        known[:] = np.nan
+        _steps([NORMALIZERS], p, q, rows, None, known, exactly=True)
     # The kernels' exponents are in base 2, with a rounded 1/T.
     with np.errstate(all="ignore"):  # NaN where they are not known
         a = float(np.float32(_LOG2_E / p.temperature))
         ratio = known[:, 2] - a * (sides[0][:, 0] - sides[1][:, 0])
         ratio *= _LN_2 * (_LOG2_E / p.temperature / a)
-        # Its error is that of E_p[exp(t) - 1], which far from 0 is more than that of two sums.
-        kl = _planned(plans[-1], spaces, rows, p.count)
-        ratio = np.where(kl < FAR, ratio, sides[0][:, 1] - sides[1][:, 1])
+        if not symmetric:
+            # Its error is that of E_p[exp(t) - 1], which far from 0 is more than that of two sums.
+            kl = _planned(plans[-1], spaces, rows, p.count)
+            ratio = np.where(kl < FAR, ratio, sides[0][:, 1] - sides[1][:, 1])
     numbers = np.arange(p.count) if rows is None else rows
     # The largest log(p/q) is as exact as this is.
     exactly = powers or any(name in ENTRIES for name, _ in metrics)
-    carried = np.isfinite(ratio[numbers]) & (not exactly)
-    done, left = numbers[carried], numbers[~carried]
-    if first_order and len(done):
-        normalizers = np.column_stack([sides[0][:, :2], sides[1][:, :2], ratio])
-        change = np.zeros(p.count)
-        _step(CHANGE, p, q, done, change, None, exactly=True, normalizers=normalizers)
-        ratio[done] -= change[done]
-        left = np.union1d(left, done[np.isnan(change[done])])
+    left = numbers if exactly else numbers[~np.isfinite(ratio[numbers])]
     if len(left):
         _step(LOG_RATIO, p, q, left, ratio, None)
     return sides, ratio, values

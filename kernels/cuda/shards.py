@@ -115,9 +115,9 @@ def shard(
     q: Rows | None,
     rows: Numbers | None,
     tokens: Numbers | None,
-    first_order: bool = False,
+    symmetric: bool = False,
 ) -> Shard:
-    """As `Backend.shard`: what is known is always good enough for a first order."""
+    """As `Backend.shard`, always symmetric."""
     sides = 1 if q is None else 2
     masses = [np.full((p.count, 3), np.nan) for _ in range(sides)]
     ratio = np.full(p.count, np.nan)

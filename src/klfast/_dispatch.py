@@ -97,14 +97,15 @@ class Backend(Protocol):
         q: Rows | None,
         rows: NDArray[np.int64] | None,
         tokens: NDArray[np.int64] | None,
-        first_order: bool = False,
+        symmetric: bool = False,
     ) -> tuple[list[NDArray[np.float64]], NDArray[np.float64] | None, list[NDArray[np.float64]]]:
         """Return what is known of rows that are parts of wider ones.
 
         Of each batch the largest entry m as it is given, L = log sum exp((x - m)/T) and the index
         of m, as three columns: NaN where a row is no part of a distribution, -inf, 0 and -1 where
         all of it is -inf. Of two batches Lx - Ly, as exact as the rows are close, and where
-        `first_order` also good enough for results that it enters as it is. Values of the metrics
+        `symmetric` the same but for its sign when they change places, and good enough for results
+        that it enters as it is. Values of the metrics
         within the parts, of "log_power:A", the Rényi divergence whose multiples have exact
         exponentials, and of "top_ratio_p" and "top_ratio_q", the entries as they are given where
         log(p/q) is largest.

@@ -122,7 +122,7 @@ def shard(
     q: Rows | None,
     rows: Numbers | None,
     tokens: Numbers | None,
-    first_order: bool = False,
+    symmetric: bool = False,
 ) -> tuple[list[NDArray[np.float64]], NDArray[np.float64] | None, list[NDArray[np.float64]]]:
     """Return largest entry, log-sum and index of each batch, their log-ratio, and values."""
     batches = [p] if q is None else [p, q]

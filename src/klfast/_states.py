@@ -54,6 +54,8 @@ class RowState:
         sums = whole.partial_sums(p_shard, q_shard)  # (rows, number of such metrics)
         values = whole.finish(sums + sums_of_the_other_shards)
 
+    Exchanging P and Q changes no bit of these two and of the squared Hellinger distance.
+
     Everything else takes one exchange. KL, Rényi and entropies follow from those within the parts
     and of the parts' masses by the chain rule, where nothing cancels: from however many parts,
     values are as exact as those of whole rows. See docs/scale.md.
@@ -150,9 +152,11 @@ class RowState:
         if isinstance(vocab_offset, bool) or not hasattr(vocab_offset, "__index__"):
             raise TypeError(f"vocab_offset is {vocab_offset!r}; accepted: a whole number from 0")
         measures = _measures(operations)
+        # Jeffreys is the sum of two divergences here, each of its own.
+        symmetric = any(each.symmetric and each.name != "jeffreys" for each, _ in operations)
         shape, array, temperatures = _read(
             arrays, measures, settings, int(vocab_offset), targets,
-            first_order="tv" in names,
+            symmetric,
         )  # fmt: skip
         return cls(array, names, shape, temperatures, settings.input == "probs")
 
@@ -350,7 +354,7 @@ def _read(
     settings: Settings,
     offset: int,
     targets: Any,
-    first_order: bool,
+    symmetric: bool,
 ) -> tuple[tuple[int, ...], Array, tuple[float, ...]]:
     """Shape of the batch, numbers of the state, and temperatures."""
     sides = len(arrays)
@@ -370,7 +374,7 @@ def _read(
     metrics = [(each.name, each.parameters) for each in asked]
     if batch.place.device == "cpu":
         found, ratio, values = batch.backend.shard(
-            metrics, batch.p, batch.q, batch.rows, local, first_order
+            metrics, batch.p, batch.q, batch.rows, local, symmetric
         )
     else:
         found, ratio, values = _device.shard(batch, metrics, local)
