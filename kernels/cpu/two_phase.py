@@ -116,12 +116,8 @@ INTEGRANDS = {"js": k_js, "tv": k_tv, "hellinger2": k_hellinger2, "jeffreys": k_
 
 
 def build(operation, dtype_p, dtype_q, exactly):
-    """``exactly`` carries along what the subtraction y - x rounds off.
-
-    ``change`` is the sum of q - p, which is 0 for the right normalizers; they must be given.
-    """
-    signed = operation == "change"
-    k = k_tv if signed else INTEGRANDS[operation]
+    """``exactly`` carries along what the subtraction y - x rounds off."""
+    k = INTEGRANDS[operation]
     ceiling = CEILING.get(operation, math.inf)
     unbounded = operation == "jeffreys"
     first_order = operation == "tv"
@@ -141,8 +137,6 @@ def build(operation, dtype_p, dtype_q, exactly):
     def changed(m, t):
         """q - p."""
         return copysign(m * one_minus_exp2_32(vmin(vabs(t), FAR)), t)
-
-    term = changed if signed else measured
 
     @inline
     def second(term, x, y, start, stop, a, constants):
@@ -240,7 +234,7 @@ def build(operation, dtype_p, dtype_q, exactly):
                     )
                     value = math.nan
                     if constants[2] == constants[2]:
-                        value = second(term, x, y, start, stop, a, constants)
+                        value = second(measured, x, y, start, stop, a, constants)
                     if parts > 1:
                         poke_f64(at + 40, value)
                         if fetch_add(done + 8 * number, 1) + 1 < parts:
@@ -248,10 +242,10 @@ def build(operation, dtype_p, dtype_q, exactly):
                         value = 0.0
                         for i in range(parts):
                             value += peek_f64(row_at + i * (8 * STATE) + 40)
-                    if not signed and value < UNDERFLOW and differ(x, y, width):
+                    if value < UNDERFLOW and differ(x, y, width):
                         value = math.nan
                     poke_f64(out + 8 * row, value)
-                    if not signed and not value < math.inf:
+                    if not value < math.inf:
                         poke_i64(redo + 8 * (fetch_add(redo, 1) + 1), row)
                     continue
                 state = (0.0, 0.0, 0.0, 0.0, 0.0)
