@@ -46,7 +46,19 @@ from __future__ import annotations
 import functools
 import math
 
-from .mathematics import LN_2, LOG2_E, excess, exp2_32, exp2_near_0, inline, phi, phi_32, psi
+from .mathematics import (
+    LN_2,
+    LOG2_E,
+    PHI_NEAR,
+    excess,
+    exp2_32,
+    exp2_near_0,
+    inline,
+    near_phi_32,
+    phi,
+    phi_32,
+    psi,
+)
 from .normalization import power, rounding, subtraction
 from .rowloop import (
     BLOCK,
@@ -80,6 +92,7 @@ from .simd import (
     splat64,
     tail_loader,
     unordered,
+    vabs,
     vmax,
     vmin,
     where,
@@ -158,13 +171,18 @@ def arithmetic(operation, exactly):
         return m, S + s, top, c, D + d, B + bb, G + g, E + ee
 
     @inline
-    def step(p, q, a, ref, c, beta, limit, S, D, B, G, high, low, bad):
+    def step(p, q, a, ref, c, beta, limit, reach, S, D, B, G, high, low, bad, far):
         """Add one vector of entries to the sums; -inf in both rows adds nothing."""
         z = fma(p, a, ref)
-        e = raised(p, a, ref, 0.0)
-        d, lost = difference(p, q)
-        t = fma(lost, a, fma(d, a, c))
+        if exactly:
+            e = raised(p, a, ref, 0.0)
+            d, lost = difference(p, q)
+            t = fma(lost, a, fma(d, a, c))
+        else:
+            e = exp2_32(z)
+            t = fma(q - p, a, c)
         bad = bad | unordered(p, q)
+        far = far | ~(vabs(t) < reach)
         high = vmax(t, high)
         t = vmin(t, limit)  # a NaN from -inf - -inf becomes a number; its e is 0
         D = fma(e, t, D)
@@ -176,16 +194,40 @@ def arithmetic(operation, exactly):
             grown = (t + f) * LN_2
             close = fma(t, grown, -f)
             apart = fma(grown + 1.0, t, -(t + f))
-            far = t < -4.0
-            if hany(far):  # what f is rounded by, times t, would show
-                apart = where(far, fma(exp2_32(t), t - LOG2_E, LOG2_E), apart)
+            below = t < -4.0
+            if hany(below):  # what f is rounded by, times t, would show
+                apart = where(below, fma(exp2_32(t), t - LOG2_E, LOG2_E), apart)
             G = fma(e, where(t < -1.0, apart, close), G)
         if renyi:
             low = vmin(t, low)
             G = fma(e, phi_32(vmin(t * -beta, 126.0)), G)
         if cross:
             G = fma(e, vmax(-200.0, z), G)
-        return S + e, D, B, G, high, low, bad
+        return S + e, D, B, G, high, low, bad, far
+
+    @inline
+    def near_step(p, q, a, ref, c, beta, S, D, B, G, high):
+        """``step`` where abs(t) and abs(beta t) are small; ``high`` is their largest square."""
+        u = fma(p, a, ref)
+        e = exp2_32(u)
+        t = fma(q - p, a, c)
+        z = t * t
+        high = vmax(z, high)
+        D = fma(e, t, D)
+        if both:
+            f = z * near_phi_32(t, z)
+            B = fma(e, f, B)
+            G = fma(e, fma(t, (t + f) * LN_2, -f), G)
+        else:
+            B = fma(e * z, near_phi_32(t, z), B)
+        if renyi:
+            t = t * -beta
+            z = t * t
+            high = vmax(z, high)
+            G = fma(e * z, near_phi_32(t, z), G)
+        if cross:
+            G = fma(e, vmax(-200.0, u), G)
+        return S + e, D, B, G, high
 
     @inline
     def finish(state, beta):
@@ -223,7 +265,7 @@ def arithmetic(operation, exactly):
             return math.nan, math.nan
         return max(value, 0.0), max(other, 0.0)
 
-    return moved, under, merge, step, finish
+    return moved, under, merge, step, near_step, finish
 
 
 def build(operation, dtype_p, dtype_q, exactly):
@@ -231,7 +273,8 @@ def build(operation, dtype_p, dtype_q, exactly):
     renyi = operation == "renyi"
     cross = operation == "cross_entropy"
     both = operation == "kl_both"
-    moved, under, merge, step, finish = arithmetic(operation, exactly)
+    near = not exactly
+    moved, under, merge, step, near_step, finish = arithmetic(operation, exactly)
     load_p, load_q = loader(dtype_p, f32v), loader(dtype_q, f32v)
     tail_p, tail_q = tail_loader(dtype_p, f32v), tail_loader(dtype_q, f32v)
     entry_p, entry_q = entry(dtype_p), entry(dtype_q)
@@ -242,8 +285,25 @@ def build(operation, dtype_p, dtype_q, exactly):
     differ = comparison(dtype_p, dtype_q)
 
     @inline
-    def sums(x, y, start, stop, hole, a, ref, c, beta, limit):
-        """(S, D, B, G, largest t, largest -t, any NaN) of [start, stop) without ``hole``."""
+    def near_block(x, y, start, stop, a, ref, c, beta):
+        """(S, D, B, G) of a block of whole vectors, and whether it was near."""
+        s = splat32(0.0)
+        d = s
+        b = s
+        g = s
+        high = s
+        for j in range(start, stop, LANES32):
+            ahead_p(x, j)
+            ahead_q(y, j)
+            s, d, b, g, high = near_step(
+                load_p(x + j * size_p), load_q(y + j * size_q),
+                a, ref, c, beta, s, d, b, g, high,
+            )  # fmt: skip
+        return s, d, b, g, not hany((high > PHI_NEAR * PHI_NEAR) | unordered(d, d))
+
+    @inline
+    def sums(x, y, start, stop, hole, a, ref, c, beta, limit, close):
+        """(S, D, B, G, largest t, largest -t, any NaN, near) of [start, stop) without ``hole``."""
         zero = splat32(0.0)
         S = splat64(0.0)
         D = S
@@ -251,7 +311,9 @@ def build(operation, dtype_p, dtype_q, exactly):
         G = S
         high = zero
         low = zero
-        bad = lane_is(zero, -1)
+        never = lane_is(zero, -1)
+        bad = never
+        reach = f32(PHI_NEAR) / max(abs(beta), f32(1.0))
         full = start + (stop - start) // LANES32 * LANES32
         j = start
         while j < stop:
@@ -263,29 +325,43 @@ def build(operation, dtype_p, dtype_q, exactly):
             d = zero
             b = zero
             g = zero
-            while j < last:
-                ahead_p(x, j)
-                ahead_q(y, j)
-                s, d, b, g, high, low, bad = step(
-                    load_p(x + j * size_p), load_q(y + j * size_q),
-                    a, ref, c, beta, limit, s, d, b, g, high, low, bad,
-                )  # fmt: skip
-                j += LANES32
+            done = False
+            if near and close:
+                s, d, b, g, done = near_block(x, y, j, last, a, ref, c, beta)
+            if done:
+                j = last
+            else:
+                s = zero
+                d = zero
+                b = zero
+                g = zero
+                far = never
+                while j < last:
+                    ahead_p(x, j)
+                    ahead_q(y, j)
+                    s, d, b, g, high, low, bad, far = step(
+                        load_p(x + j * size_p), load_q(y + j * size_q),
+                        a, ref, c, beta, limit, reach, s, d, b, g, high, low, bad, far,
+                    )  # fmt: skip
+                    j += LANES32
+                close = not hany(far)
             if j == full or j <= hole < j + LANES32:
                 p = tail_p(x + j * size_p, stop - j)
                 q = tail_q(y + j * size_q, stop - j)
                 out = lane_is(p, hole - j)
                 p = where(out, -math.inf, p)
                 q = where(out, -math.inf, q)
-                s, d, b, g, high, low, bad = step(
-                    p, q, a, ref, c, beta, limit, s, d, b, g, high, low, bad
+                s, d, b, g, high, low, bad, _ = step(
+                    p, q, a, ref, c, beta, limit, reach, s, d, b, g, high, low, bad, never
                 )
                 j += LANES32
             S = S + fold64(s)
             D = D + fold64(d)
             B = B + fold64(b)
             G = G + fold64(g)
-        return hsum(S), hsum(D), hsum(B), hsum(G), hmax(high), hmax(-low), hany(bad)
+        return (
+            hsum(S), hsum(D), hsum(B), hsum(G), hmax(high), hmax(-low), hany(bad), close,
+        )  # fmt: skip
 
     @inline
     def part(x, y, start, stop, a, beta, limit):
@@ -301,6 +377,7 @@ def build(operation, dtype_p, dtype_q, exactly):
         if not math.isfinite(c2):
             return 0.0, 0.0, 0.0, 0.0, 0.0, math.nan, 0.0, 0.0
         guessed = True
+        close = True
         hole = find_p(x, start, tile_stop, f32(largest))
         top = ((entry_q(y, hole) - entry_p(x, hole)) * a + c2) * LN_2
         state = (largest * a * LN_2, 0.0, top, c2 * LN_2, 0.0, 0.0, 0.0, 0.0)
@@ -311,8 +388,8 @@ def build(operation, dtype_p, dtype_q, exactly):
         factor = exp2_near_0(-shift)
         j = start
         while True:
-            s, d, b, g, high, low, bad = sums(
-                x, y, j, tile_stop, hole, f32(a), ref, f32(c2), f32(beta), f32(limit)
+            s, d, b, g, high, low, bad, close = sums(
+                x, y, j, tile_stop, hole, f32(a), ref, f32(c2), f32(beta), f32(limit), close
             )
             s *= factor
             d *= factor * LN_2
@@ -339,6 +416,7 @@ def build(operation, dtype_p, dtype_q, exactly):
             if guessed and d * d > 1.3 * b * (S + 1.0):
                 # The first tile's c was a guess from two maxima.  It was bad: again.
                 guessed = False
+                close = True
                 c2 = f64(f32(c2 - d / (S + 1.0) * LOG2_E))
                 state = (m, 0.0, top + (c2 * LN_2 - c), c2 * LN_2, 0.0, 0.0, 0.0, 0.0)
                 continue
