@@ -5,7 +5,8 @@ A call is planned as one or more kernel runs (a *step*), which write one value a
 
 ======================  ====================================================================
 ``one_pass``            KL, Rényi and what follows from it, cross-entropy: float32, one read
-``two_phase``           JS with weight 1/2, total variation, Hellinger, Jeffreys: float32
+``two_phase``           JS with weight 1/2, total variation, Hellinger, Jeffreys: float32;
+                        for ``compare`` several of them, both KL and the largest entries together
 ``single_pass``         entropy, log-sum-exp, token log-probabilities, argmax: float32
 ``exact``               all of them, and the rest, in float64, for any input
 ``top_k``               overlap of the largest entries
@@ -258,6 +259,31 @@ def _step(
     ):
         _step_exact(step, p, q, rows, out, tokens, alone, normalizers)
         return
+    again = _unfinished(step, p, q, rows, out, tokens, alone, exactly, known, normalizers)
+    if len(again):
+        if q is None or exactly:
+            if known is not None:
+                known[again] = np.nan
+            _step_exact(step, p, q, again, out, tokens, alone, normalizers)
+        else:
+            pair = step._replace(rows="pq")
+            _step(pair, p, q, again, out, tokens, alone, True, known, normalizers)
+
+
+def _unfinished(
+    step: Step,
+    p: Rows,
+    q: Rows | None,
+    rows: Numbers | None,
+    out: NDArray[Any] | Rows,
+    tokens: Numbers | None,
+    alone: bool,
+    exactly: bool = False,
+    known: Values | None = None,
+    normalizers: Values | None = None,
+) -> Numbers:
+    """Run one float32 kernel as `_step` does; returns the rows that it did not finish."""
+    written = None if isinstance(out, np.ndarray) else out
     n = p.count if rows is None else len(rows)
     chunk, parts, part_width = (n, 1, p.width) if alone else _cut(n, p.width)
     if written is not None:  # a row is written when all of it has been read
@@ -294,16 +320,7 @@ def _step(
     for arguments in runs:
         space[0] = 0
         _launch(function, arguments, n * p.width * len(step.rows), alone)
-    unfinished = int(space[1])
-    if unfinished:
-        again = np.sort(space[2 : 2 + unfinished])
-        if q is None or exactly:
-            if known is not None:
-                known[again] = np.nan
-            _step_exact(step, p, q, again, out, tokens, alone, normalizers)
-        else:
-            pair = step._replace(rows="pq")
-            _step(pair, p, q, again, out, tokens, alone, True, known, normalizers)
+    return np.sort(space[2 : 2 + int(space[1])])
 
 
 def _constants(normalizers: Values, temperature: float) -> Values:
@@ -426,30 +443,91 @@ def _steps(
 ) -> dict[Step, Values]:
     """What each step gives.
 
-    Each thread takes a few rows at a time and runs every step on them while they are in its
-    cache.  ``known`` gets the constants of the rows from the step that gives KL.
+    What ``two_phase`` can do together is one run of it. Each thread takes a few rows at a time and
+    runs every other step on them while they are in its cache.  ``known`` gets the constants of the
+    rows from the step that gives KL, which then runs on its own.
     """
     spaces = {step: _empty(step, p.count) for step in steps}
     into = {step: known if step in _KNOWING else None for step in spaces}
     numbers = np.arange(p.count) if rows is None else rows
     row_bytes = p.width * (_ITEMSIZE[p.dtype] + (0 if q is None else _ITEMSIZE[q.dtype]))
     at_a_time = max(1, CACHE_BLOCK // row_bytes)
+
+    def each(steps: Iterable[Step], block: Numbers, alone: bool) -> None:
+        for step in steps:
+            _step(step, p, q, block, spaces[step], tokens, alone=alone, known=into[step])
+
     if len(numbers) < FEW_ROWS and p.width > PART:
         # Too few to give every thread rows of its own: all threads work on each row.
-        for step, space in spaces.items():
-            _step(step, p, q, rows, space, tokens, known=into[step])
-    else:
-        starts = iter(range(0, len(numbers), at_a_time))
+        each(spaces, numbers, False)
+        return spaces
+    together = _together(spaces) if q is not None and known is None and _is_fast(p, q) else {}
+    others = [step for step in spaces if step not in together]
 
-        def work() -> None:
-            for start in starts:
-                block = numbers[start : start + at_a_time]
-                for step, space in spaces.items():
-                    _step(step, p, q, block, space, tokens, alone=True, known=into[step])
+    names = _joint_names(together)
+    table = np.empty((p.count, len(names) + 3 * ("top" in names)))
 
-        blocks = -(-len(numbers) // at_a_time)
-        threads.run(work, min(get_num_threads(), blocks))
+    def joint(block: Numbers, alone: bool) -> None:
+        run = Step("two_phase", ",".join(names), "pq")
+        again = _unfinished(run, p, q, block, table, None, alone)
+        for step, name in together.items():
+            values = table[block, names.index(name) :]
+            if name == "top":
+                spaces[step][block, 0], spaces[step][block, 3] = values[
+                    :, slice(0, 2) if step.rows == "p" else slice(2, 4)
+                ].T
+            elif step.operation == "kl_both":
+                spaces[step][block] = values[:, :2]
+            else:
+                spaces[step][block] = values[:, 0]
+        if len(again):
+            each(together, again, alone)
+
+    if together and not others:
+        joint(numbers, False)
+        return spaces
+    starts = iter(range(0, len(numbers), at_a_time))
+
+    def work() -> None:
+        for start in starts:
+            block = numbers[start : start + at_a_time]
+            if together:
+                joint(block, True)
+            each(others, block, True)
+
+    blocks = -(-len(numbers) // at_a_time)
+    threads.run(work, min(get_num_threads(), blocks))
     return spaces
+
+
+#: What one run of ``two_phase`` can give together, in the order of its columns; ``top`` is last
+#: and has four.
+_COLUMNS = ("tv", "hellinger2", "js", "kl", "reverse_kl", "jeffreys", "top")
+#: The steps that have such values, and the first of them.
+_TOGETHER = {
+    **{plan_of(name, EXAMPLE.get(name, ())).steps[0]: name for name in _COLUMNS[:-1]},
+    plans_of([("kl", ()), ("reverse_kl", ())])[0].steps[0]: "kl",
+    **dict.fromkeys(plan_of("same_top", ()).steps, "top"),
+}
+
+
+def _together(steps: Iterable[Step]) -> dict[Step, str]:
+    """The steps that are better done in one run of ``two_phase``, and where their values are."""
+    found = {step: _TOGETHER[step] for step in steps if step in _TOGETHER}
+    tops = [step for step, name in found.items() if name == "top"]
+    if len(tops) == 1:
+        del found[tops[0]]
+    if len(found) < 2 or not any(step.module == "two_phase" for step in found):
+        return {}
+    return found
+
+
+def _joint_names(together: dict[Step, str]) -> tuple[str, ...]:
+    """The names of the values of such a run."""
+    wanted = set(together.values())
+    if any(step.operation == "kl_both" for step in together):
+        wanted.add("reverse_kl")
+    return tuple(name for name in _COLUMNS if name in wanted)
 
 
 def _planned(plan: Plan, spaces: dict[Step, Values], rows: Numbers | None, count: int) -> Values:
@@ -774,18 +852,21 @@ def available() -> str | None:
 def warmup(names: Sequence[str], dtypes: Sequence[str]) -> None:
     """Compile, or load from the cache, the kernels of these operations."""
     metrics = [(name, EXAMPLE.get(name, ())) for name in names]
+    floats = [dtype for dtype in dtypes if dtype != "float64"]
     # Alone, and together in ``compare``.
+    if together := _together(step for plan in plans_of(metrics) for step in plan.steps):
+        joint = ",".join(_joint_names(together))
+        for pair in itertools.product(floats, repeat=2):
+            _kernel("two_phase", joint, *pair, False)
     for plan in (*(plan_of(*metric) for metric in metrics), *plans_of(metrics)):
         for step in plan.steps:
             module = "top_k" if step.module == "top_k" else "exact"
             _kernel(module, exact_operation(step))
             if step.module in ("exact", "top_k"):
                 continue
-            for types in itertools.product(dtypes, repeat=len(step.rows)):
-                if "float64" not in types:
-                    pair = len(types) == 2
-                    for last in ((False,), (True,)) if pair else ((),):
-                        _kernel(step.module, step.operation, *types, *last)
+            for types in itertools.product(floats, repeat=len(step.rows)):
+                for last in ((False,), (True,)) if len(types) == 2 else ((),):
+                    _kernel(step.module, step.operation, *types, *last)
 
 
 def info() -> dict[str, object]:
