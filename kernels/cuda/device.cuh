@@ -166,7 +166,16 @@ DEVICE float larger(float a, float b) { return fmaxf(a, b); }
 DEVICE float smaller(float a, float b) { return fminf(a, b); }
 DEVICE double larger(double a, double b) { return fmax(a, b); }
 DEVICE double smaller(double a, double b) { return fmin(a, b); }
+// The same, but NaN where either is.
+DEVICE float larger_or_nan(float a, float b)
+{
+    float value;
+    asm("max.ftz.NaN.f32 %0, %1, %2;" : "=f"(value) : "f"(a), "f"(b));
+    return value;
+}
 DEVICE float fma32(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+// The same, brought into [0, 1]; 0 for NaN.
+DEVICE float fma32_saturated(float a, float b, float c) { return __saturatef(fma32(a, b, c)); }
 DEVICE double fma64(double a, double b, double c) { return __fma_rn(a, b, c); }
 DEVICE float sign_of(float size, float sign) { return copysignf(size, sign); }
 // As IEEE 754 has it, never contracted with a neighbour.

@@ -59,6 +59,9 @@ constexpr double CANCELLATION = 16.0;
 // Rows that differ by more than this, or by more than that where y - x is rounded, are left alone.
 constexpr double APART = 1000.0, CLOSE = 16.0;
 
+// Vectors whose sums are added up in float32, of each of which they are taken apart.
+constexpr int MANY = 8;
+
 // Vectors of each row that a thread has asked for and not read.
 constexpr int AHEAD = 4;
 
@@ -69,43 +72,117 @@ constexpr int STATE = 12;
 struct Few {
     float S = 0.0f, D = 0.0f, B = 0.0f, G = 0.0f;
     float high = -INFINITY32, low = INFINITY32;  // of t
+
+    // Those of a vector.
+    DEVICE void add(float of_S, float of_D, float of_B, float of_G)
+    {
+        S += of_S;
+        D += of_D;
+        B += of_B;
+        G += of_G;
+    }
 };
 
-// Add entries to the sums: -inf in x alone or in y alone makes them NaN or infinite. EXACTLY
-// carries along what the subtraction y - x and the exponents of e round off.
-template <bool EXACTLY>
-DEVICE void add(Few& few, const float (&x)[VECTOR], const float (&y)[VECTOR], float a,
-                float reference, float c, float beta)
-{
+// What exponents are of: e = 2**(a x + reference), t = a (y - x) + c.
+struct Exponents {
+    float a, reference, c, beta;
+    float near;  // the largest |t| of terms that need no reduction
+
+    DEVICE Exponents(float a, float beta)
+        : a(a), reference(0.0f), c(0.0f), beta(beta),
+          near(RENYI ? NEAR_ONE / larger(1.0f, fabs(beta)) : NEAR_ONE)
+    {
+    }
+
+    // EXACTLY carries along what the subtraction y - x and the exponent of e round off.
+    template <bool EXACTLY>
+    DEVICE float weight(float x) const
+    {
+        return EXACTLY ? exp2_exactly(x, a, reference) : exp2_approx(fma32(x, a, reference));
+    }
+    template <bool EXACTLY>
+    DEVICE float ratio(float x, float y) const
+    {
+        if constexpr (!EXACTLY)
+            return fma32(y - x, a, c);
+        const Difference32 d(y, x);
+        return fma32(d.lost, a, fma32(d.value, a, c));
+    }
+    DEVICE float exponent(float x) const { return larger(fma32(x, a, reference), -200.0f); }
+    // What entries beyond `x` weigh at least, however they are rounded.
+    DEVICE float weight_below(float x) const { return 0.9999f * weight<false>(x); }
+};
+
+// The weights of the entries of a vector and their log-ratios.
+struct Weighted {
+    float e[VECTOR], t[VECTOR];
+    float S;    // sum of e
+    float far;  // the largest |t|, or NaN
+
+    template <bool EXACTLY>
+    DEVICE void weigh(const Exponents& of, const float (&x)[VECTOR])
+    {
 #pragma unroll
-    for (int i = 0; i < VECTOR; ++i) {
-        float e, t, z = 0.0f;
-        if constexpr (EXACTLY) {
-            const Difference32 d(y[i], x[i]);
-            e = exp2_exactly(x[i], a, reference);
-            t = fma32(d.lost, a, fma32(d.value, a, c));
-        } else {
-            z = fma32(x[i], a, reference);
-            e = exp2_approx(z);
-            t = fma32(y[i] - x[i], a, c);
-        }
-        const Power power(t);
-        few.S += e;
-        few.D = fma32(e, t, few.D);
-        few.B = fma32(e, power.phi, few.B);
-        few.high = larger(few.high, t);
-        if constexpr (BOTH)
-            few.G = fma32(e, power.psi, few.G);
-        if constexpr (CROSS) {
-            if constexpr (EXACTLY)
-                z = fma32(x[i], a, reference);
-            few.G = fma32(e, larger(z, -200.0f), few.G);
-        }
-        if constexpr (RENYI) {
-            few.low = smaller(few.low, t);
-            few.G = fma32(e, phi(t * -beta), few.G);
+        for (int i = 0; i < VECTOR; ++i) {
+            e[i] = of.weight<EXACTLY>(x[i]);
+            S = i ? S + e[i] : e[i];
         }
     }
+    template <bool EXACTLY>
+    DEVICE void compare(const Exponents& of, const float (&x)[VECTOR], const float (&y)[VECTOR])
+    {
+        far = 0.0f;
+#pragma unroll
+        for (int i = 0; i < VECTOR; ++i) {
+            t[i] = of.ratio<EXACTLY>(x[i], y[i]);
+            far = larger_or_nan(far, fabs(t[i]));
+        }
+    }
+};
+
+// Add entries to the sums of which no |t| is beyond `near`.
+DEVICE void add_near(Few& few, const Exponents& of, const Weighted& entries,
+                     const float (&x)[VECTOR])
+{
+    float D = 0.0f, B = 0.0f, G = 0.0f;
+#pragma unroll
+    for (int i = 0; i < VECTOR; ++i) {
+        const float t = entries.t[i], once = entries.e[i] * t, twice = once * t;
+        D += once;
+        B = fma32(twice, near_phi(t), B);
+        if constexpr (BOTH)
+            G = fma32(twice, near_psi(t), G);
+        if constexpr (RENYI)
+            G = fma32(twice, near_phi(t * -of.beta), G);
+        if constexpr (CROSS)
+            G = fma32(entries.e[i], of.exponent(x[i]), G);
+    }
+    few.add(entries.S, D, B, RENYI ? of.beta * of.beta * G : G);
+    few.high = larger(few.high, entries.far);
+    few.low = smaller(few.low, -entries.far);
+}
+
+// The same for any t. -inf in x alone or in y alone makes sums NaN or infinite.
+DEVICE void add(Few& few, const Exponents& of, const Weighted& entries, const float (&x)[VECTOR])
+{
+    float D = 0.0f, B = 0.0f, G = 0.0f;
+#pragma unroll
+    for (int i = 0; i < VECTOR; ++i) {
+        const float e = entries.e[i], t = entries.t[i];
+        const Power power(t);
+        D = fma32(e, t, D);
+        B = fma32(e, power.phi, B);
+        few.high = larger(few.high, t);
+        if constexpr (BOTH)
+            G = fma32(e, power.psi, G);
+        if constexpr (CROSS)
+            G = fma32(e, of.exponent(x[i]), G);
+        if constexpr (RENYI) {
+            few.low = smaller(few.low, t);
+            G = fma32(e, phi(t * -of.beta), G);
+        }
+    }
+    few.add(entries.S, D, B, G);
 }
 
 // What a thread, a part or a row has added up, but for the top. D, B and the G of divergences are
@@ -117,13 +194,13 @@ struct Sums {
     double c = 0.0;          // t = a (y - x) + c
     double S = 0.0, D = 0.0, B = 0.0, G = 0.0;
     double E = 0.0, F = 0.0; // what errors are in proportion to: those of B, and of Renyi's G
-    double high = -INFINITY64, low = INFINITY64;  // of a (y - x)
+    float high = -INFINITY32, low = INFINITY32;  // of a (y - x)
 
     DEVICE void add(const Few& few, double beta)
     {
-        high = larger(high, few.high - c);
+        high = larger(high, few.high - float_of(c));
         if (RENYI)
-            low = smaller(low, few.low - c);
+            low = smaller(low, few.low - float_of(c));
         if (few.high > FARTHEST)
             S = NAN64;
         S += few.S;
@@ -266,16 +343,20 @@ OUTLINED Sums read(PairOfRows rows, float a, float beta)
     float bound = largest_of(x);
     const float largest_of_tile = team_larger(bound);
     sums.follow(largest_of_tile, a);
-    float c = guess(x, y, a, largest_of_tile);
-    sums.c = c;
+    Exponents of(a, beta);
+    of.c = guess(x, y, a, largest_of_tile);
+    sums.c = of.c;
     // Who has it takes it as a top.
     bound = bound == largest_of_tile ? -INFINITY32 : largest_of_tile;
-    float reference = float_of(sums.reference);
+    of.reference = float_of(sums.reference);
+    float weight_of_bound = of.weight_below(bound);
 
-    for (int vector = team_rank(); vector < rows.vectors;) {
+    // All threads of a warp go on until the last of them has nothing left: beyond the row is -inf.
+    const int stop = rows.vectors + thread_index() % 32;
+    for (int vector = team_rank(); vector < stop;) {
         Few few;
 #pragma unroll 1
-        for (int n = 0; n < BLOCK && vector < rows.vectors; ++n, vector += TEAM) {
+        for (int n = 0; n < MANY && vector < stop; ++n, vector += TEAM) {
             await_batches<AHEAD - 1>();
             room.unpack(place, x, y);
             const int before = place - THREADS;
@@ -283,47 +364,50 @@ OUTLINED Sums read(PairOfRows rows, float a, float beta)
             end_batch();
             place += THREADS;
             place = place < RING ? place : place - RING;
-            const float largest = largest_of(x);
-            float total = y[0];
+            Weighted entries;
+            entries.weigh<EXACTLY>(of, x);
+            // Where they weigh no more than the bound together, none is beyond it.
+            if (!(entries.S <= weight_of_bound)) {
+                const float largest = largest_of(x);
+                if (largest > bound) {
+                    const int at = place_of(x, largest);
+                    float other = 0.0f;
 #pragma unroll
-            for (int i = 1; i < VECTOR; ++i)
-                total += y[i];
-            if (largest > bound) {
-                const int at = place_of(x, largest);
-                float other = 0.0f;
-#pragma unroll
-                for (int i = 0; i < VECTOR; ++i) {
-                    other = i == at ? y[i] : other;
-                    x[i] = i == at ? -INFINITY32 : x[i];
-                    y[i] = i == at ? -INFINITY32 : y[i];
-                }
-                total = -INFINITY32;
-                sums.add(few, beta);
-                few = Few();
-                sums.replace_top({largest, rows.index(vector) + at}, other, a, beta);
-                bound = largest;
-                if (fabs(fma64(double_of(largest), a, sums.reference)) > NEAR) {
-                    sums.follow(largest, a);
-                    reference = float_of(sums.reference);
-                }
-            }
-            if (!(total > -INFINITY32)) {
-                // What is -inf in both rows gets an e that vanishes and a t near 0.
-                const float apart = (-300.0f - reference) / a;
-#pragma unroll
-                for (int i = 0; i < VECTOR; ++i) {
-                    const bool neither = x[i] == -INFINITY32 && y[i] == -INFINITY32;
-                    x[i] = neither ? apart : x[i];
-                    y[i] = neither ? apart - c / a : y[i];
+                    for (int i = 0; i < VECTOR; ++i) {
+                        other = i == at ? y[i] : other;
+                        x[i] = i == at ? -INFINITY32 : x[i];
+                        y[i] = i == at ? -INFINITY32 : y[i];
+                    }
+                    sums.add(few, beta);
+                    few = Few();
+                    sums.replace_top({largest, rows.index(vector) + at}, other, a, beta);
+                    bound = largest;
+                    if (fabs(fma64(double_of(largest), a, sums.reference)) > NEAR) {
+                        sums.follow(largest, a);
+                        of.reference = float_of(sums.reference);
+                    }
+                    weight_of_bound = of.weight_below(bound);
+                    entries.weigh<EXACTLY>(of, x);
                 }
             }
-            add<EXACTLY>(few, x, y, a, reference, c, beta);
+            entries.compare<EXACTLY>(of, x, y);
+            if (!warp_any(!(entries.far <= of.near))) {
+                add_near(few, of, entries, x);
+                continue;
+            }
+            if (!(entries.far < INFINITY32)) {
+                // What is -inf in both rows has no weight.
+#pragma unroll
+                for (int i = 0; i < VECTOR; ++i)
+                    entries.t[i] = x[i] == -INFINITY32 && y[i] == -INFINITY32 ? 0.0f : entries.t[i];
+            }
+            add(few, of, entries, x);
         }
         sums.add(few, beta);
         if (sums.D * sums.D > sums.B * sums.S) {
             // Half of B or more comes from a c that is off the mean of x - y.
-            c = float_of(sums.c - sums.D / sums.S * LOG2_OF_E);
-            sums.move_to(c, beta);
+            of.c = float_of(sums.c - sums.D / sums.S * LOG2_OF_E);
+            sums.move_to(of.c, beta);
         }
     }
     await_batches<0>();
@@ -349,7 +433,7 @@ DEVICE Sums together(Sums sums, double a, double beta)
     sums.G = all[3];
     sums.E = all[4];
     sums.F = all[5];
-    double range[2] = {sums.high, -sums.low};
+    float range[2] = {sums.high, -sums.low};
     team_join<Larger>(range);
     sums.high = range[0];
     sums.low = -range[1];
@@ -371,8 +455,8 @@ DEVICE bool complete(const Call& call, int64 row, int64 part, double a, double b
         state[6] = sums.B;
         state[7] = sums.G;
         state[8] = sums.E;
-        state[9] = sums.high;
-        state[10] = sums.low;
+        state[9] = double_of(sums.high);
+        state[10] = double_of(sums.low);
         state[11] = sums.F;
     }
     if (!is_last_part(call, row))
@@ -409,8 +493,8 @@ DEVICE bool complete(const Call& call, int64 row, int64 part, double a, double b
         sums.G += other.G;
         sums.E += other.E;
         sums.F += other.F;
-        sums.high = larger(sums.high, state[9]);
-        sums.low = smaller(sums.low, state[10]);
+        sums.high = larger(sums.high, float_of(state[9]));
+        sums.low = smaller(sums.low, float_of(state[10]));
     }
     sums = together(sums, a, beta);
     return true;

@@ -468,28 +468,6 @@ DEVICE void memory_fence() { asm volatile("" ::: "memory"); }
 
 // --- arithmetic ------------------------------------------------------------------------------
 
-DEVICE float exp2_approx(float z)
-{
-    return twin::approximately(exp2(static_cast<double>(twin::flush(z))));
-}
-DEVICE float reciprocal_approx(float z) { return twin::approximately(1.0 / twin::flush(z)); }
-DEVICE float larger(float a, float b) { return fmaxf(twin::flush(a), twin::flush(b)); }
-DEVICE float smaller(float a, float b) { return fminf(twin::flush(a), twin::flush(b)); }
-DEVICE double larger(double a, double b) { return fmax(a, b); }
-DEVICE double smaller(double a, double b) { return fmin(a, b); }
-DEVICE float fma32(float a, float b, float c)
-{
-    return twin::flush(__builtin_fmaf(twin::flush(a), twin::flush(b), twin::flush(c)));
-}
-DEVICE double fma64(double a, double b, double c) { return __builtin_fma(a, b, c); }
-DEVICE float sign_of(float size, float sign) { return copysignf(size, sign); }
-DEVICE float add_exact(float a, float b)
-{
-    return twin::flush(twin::flush(a) + twin::flush(b));
-}
-DEVICE double add_exact(double a, double b) { return a + b; }
-DEVICE double multiply_exact(double a, double b) { return a * b; }
-
 namespace twin {
 template <class TO, class FROM>
 inline TO same_bits(FROM value)
@@ -500,6 +478,37 @@ inline TO same_bits(FROM value)
     return result;
 }
 }  // namespace twin
+
+DEVICE float exp2_approx(float z)
+{
+    return twin::approximately(exp2(static_cast<double>(twin::flush(z))));
+}
+DEVICE float reciprocal_approx(float z) { return twin::approximately(1.0 / twin::flush(z)); }
+DEVICE float larger(float a, float b) { return fmaxf(twin::flush(a), twin::flush(b)); }
+DEVICE float smaller(float a, float b) { return fminf(twin::flush(a), twin::flush(b)); }
+DEVICE double larger(double a, double b) { return fmax(a, b); }
+DEVICE double smaller(double a, double b) { return fmin(a, b); }
+DEVICE float larger_or_nan(float a, float b)
+{
+    return a != a || b != b ? twin::same_bits<float>(0x7fffffffu) : larger(a, b);
+}
+DEVICE float fma32(float a, float b, float c)
+{
+    return twin::flush(__builtin_fmaf(twin::flush(a), twin::flush(b), twin::flush(c)));
+}
+DEVICE float fma32_saturated(float a, float b, float c)
+{
+    const float value = fma32(a, b, c);
+    return value > 0.0f ? fminf(value, 1.0f) : 0.0f;
+}
+DEVICE double fma64(double a, double b, double c) { return __builtin_fma(a, b, c); }
+DEVICE float sign_of(float size, float sign) { return copysignf(size, sign); }
+DEVICE float add_exact(float a, float b)
+{
+    return twin::flush(twin::flush(a) + twin::flush(b));
+}
+DEVICE double add_exact(double a, double b) { return a + b; }
+DEVICE double multiply_exact(double a, double b) { return a * b; }
 
 DEVICE float as_float(uint32 bits) { return twin::same_bits<float>(bits); }
 DEVICE uint32 as_bits(float value) { return twin::same_bits<uint32>(value); }
