@@ -323,13 +323,22 @@ DEVICE float guess(const float (&x)[VECTOR], const float (&y)[VECTOR], float a, 
     return sums[0] > 0.0f ? -sums[1] / sums[0] : 0.0f;
 }
 
-// The sums of a thread over the entries that it reads.
+// log2(e)/T: what entries are multiplied with; and the order of Renyi less 1.
+DEVICE float factor(const Call& call) { return float_of(call.p.inverse_temperature * LOG2_OF_E); }
+DEVICE float order(const Call& call) { return float_of(call.parameters[0]); }
+
+// The sums of a thread over the entries that it reads of a part of a row.
 template <bool EXACTLY>
-OUTLINED Sums read(PairOfRows rows, float a, float beta)
+OUTLINED Sums read(const Call& call, int64 number, int64 part)
 {
+    const float a = factor(call), beta = order(call);
+    const int64 first = part * call.part_width, rest = call.width - first;
+    const PairOfRows rows(call, number, first,
+                          call.parts > 1 && rest > call.part_width ? call.part_width : rest);
     // A ring of places for each thread, of which the one that has been read is filled next.
     constexpr int RING = (AHEAD + 1) * THREADS;
     const Room room(kernel_shared(), RING);
+    const int last = AHEAD * THREADS;
     int place = thread_index();
 #pragma unroll
     for (int i = 0; i < AHEAD; ++i) {
@@ -355,15 +364,14 @@ OUTLINED Sums read(PairOfRows rows, float a, float beta)
     const int stop = rows.vectors + thread_index() % 32;
     for (int vector = team_rank(); vector < stop;) {
         Few few;
+        const int pause = vector + MANY * TEAM < stop ? vector + MANY * TEAM : stop;
 #pragma unroll 1
-        for (int n = 0; n < MANY && vector < stop; ++n, vector += TEAM) {
+        for (; vector < pause; vector += TEAM, place = place < last ? place + THREADS : place - last) {
             await_batches<AHEAD - 1>();
             room.unpack(place, x, y);
             const int before = place - THREADS;
             rows.copy(vector + AHEAD * TEAM, room, before < 0 ? before + RING : before);
             end_batch();
-            place += THREADS;
-            place = place < RING ? place : place - RING;
             Weighted entries;
             entries.weigh<EXACTLY>(of, x);
             // Where they weigh no more than the bound together, none is beyond it.
@@ -373,20 +381,24 @@ OUTLINED Sums read(PairOfRows rows, float a, float beta)
                     const int at = place_of(x, largest);
                     float other = 0.0f;
 #pragma unroll
-                    for (int i = 0; i < VECTOR; ++i) {
+                    for (int i = 0; i < VECTOR; ++i)
                         other = i == at ? y[i] : other;
-                        x[i] = i == at ? -INFINITY32 : x[i];
-                        y[i] = i == at ? -INFINITY32 : y[i];
-                    }
                     sums.add(few, beta);
                     few = Few();
-                    sums.replace_top({largest, rows.index(vector) + at}, other, a, beta);
+                    sums.replace_top({largest, first + rows.index(vector) + at}, other, a, beta);
                     bound = largest;
                     if (fabs(fma64(double_of(largest), a, sums.reference)) > NEAR) {
                         sums.follow(largest, a);
                         of.reference = float_of(sums.reference);
                     }
                     weight_of_bound = of.weight_below(bound);
+                    // Registers have had more to do than to keep these.
+                    room.unpack(place, x, y);
+#pragma unroll
+                    for (int i = 0; i < VECTOR; ++i) {
+                        x[i] = i == at ? -INFINITY32 : x[i];
+                        y[i] = i == at ? -INFINITY32 : y[i];
+                    }
                     entries.weigh<EXACTLY>(of, x);
                 }
             }
@@ -415,8 +427,9 @@ OUTLINED Sums read(PairOfRows rows, float a, float beta)
 }
 
 // The sums of all threads, or parts, as one.
-DEVICE Sums together(Sums sums, double a, double beta)
+OUTLINED Sums together(const Call& call, Sums sums)
 {
+    const double a = factor(call), beta = order(call);
     const Top top = team_top(sums.top);
     const float top_y = team_add(sums.top.index == top.index ? sums.top_y : 0.0f);
     sums.adopt(top, top_y, a, beta);
@@ -440,12 +453,11 @@ DEVICE Sums together(Sums sums, double a, double beta)
     return sums;
 }
 
-// The sums of a whole row, for the block that brings the last part of it; false for the others.
-DEVICE bool complete(const Call& call, int64 row, int64 part, double a, double beta, Sums& sums)
+// Leave the sums of a part where others find them.
+DEVICE void store(const Call& call, int64 row, int64 part, const Sums& sums)
 {
-    double* states = call.states + row * call.parts * STATE;
     if (team_rank() == 0) {
-        double* state = states + part * STATE;
+        double* state = call.states + (row * call.parts + part) * STATE;
         state[0] = double_of(sums.top.value);
         state[1] = static_cast<double>(sums.top.index);
         state[2] = double_of(sums.top_y);
@@ -459,9 +471,14 @@ DEVICE bool complete(const Call& call, int64 row, int64 part, double a, double b
         state[10] = double_of(sums.low);
         state[11] = sums.F;
     }
-    if (!is_last_part(call, row))
-        return false;
-    sums = Sums();
+}
+
+// The sums of a row from those of its parts.
+OUTLINED Sums of_parts(const Call& call, int64 row)
+{
+    const double a = factor(call), beta = order(call);
+    const double* states = call.states + row * call.parts * STATE;
+    Sums sums;
     for (int64 i = team_rank(); i < call.parts; i += TEAM) {
         const volatile double* state = states + i * STATE;
         const Top other = {float_of(state[0]), static_cast<int64>(state[1])};
@@ -496,8 +513,7 @@ DEVICE bool complete(const Call& call, int64 row, int64 part, double a, double b
         sums.high = larger(sums.high, float_of(state[9]));
         sums.low = smaller(sums.low, float_of(state[10]));
     }
-    sums = together(sums, a, beta);
-    return true;
+    return together(call, sums);
 }
 
 struct Values {
@@ -505,9 +521,9 @@ struct Values {
 };
 
 // What the sums of a row are worth: UNFINISHED where they do not carry it.
-DEVICE Values values_of(Sums sums, double a, double beta, double limit, bool exactly)
+OUTLINED Values values_of(const Call& call, Sums sums, bool exactly)
 {
-    limit *= LOG2_OF_E;
+    const double a = factor(call), beta = order(call), limit = call.parameters[1] * LOG2_OF_E;
     bool good = sums.high + sums.c <= limit;
     if (RENYI)
         good = good && (sums.low + sums.c) * fabs(beta) >= -limit;
@@ -547,33 +563,28 @@ DEVICE Values values_of(Sums sums, double a, double beta, double limit, bool exa
     return {larger(value, 0.0), larger(other, 0.0)};
 }
 
-KERNEL(THREADS, BLOCKS) one_pass(const Call call)
+KERNEL(THREADS, BLOCKS) one_pass(ARGUMENT Call call)
 {
     // Sums of entries of 32 bits carry along what is rounded off; those of 16, whose differences
     // are nearly always exact, only where that is not enough.
     constexpr bool WIDE = Entry<DTYPE_P>::size == 4 && Entry<DTYPE_Q>::size == 4;
-    const float a = float_of(call.p.inverse_temperature * LOG2_OF_E);
-    const float beta = float_of(call.parameters[0]);
-    const double limit = call.parameters[1];
-    const int64 step = block_count() * TEAMS, items = call.count * call.parts;
-    for (int64 item = block_index() * TEAMS + team_in_block(); item < items; item += step) {
+    for (int64 item = block_index() * TEAMS + team_in_block(); item < call.count * call.parts;
+         item += block_count() * TEAMS) {
         const int64 number = item / call.parts, part = item % call.parts;
-        double* results = call.values + number * call.columns;
         Values values = {NAN64, NAN64};
         if (is_read(call, number)) {
-            const int64 first = part * call.part_width, rest = call.width - first;
-            const PairOfRows rows(call, number, first,
-                                  call.parts > 1 && rest > call.part_width ? call.part_width : rest);
-            Sums sums;
             bool mine = true;  // whether this team finishes the row
             for (bool exactly = WIDE || call.parts > 1;; exactly = true) {
-                sums = exactly ? read<true>(rows, a, beta) : read<false>(rows, a, beta);
-                sums = together(sums, a, beta);
+                Sums sums = exactly ? read<true>(call, number, part) : read<false>(call, number, part);
+                sums = together(call, sums);
                 if (call.parts > 1) {
-                    sums.top.index += first;
-                    mine = complete(call, number, part, a, beta, sums);
+                    store(call, number, part, sums);
+                    mine = is_last_part(call, number);
+                    if (!mine)
+                        break;
+                    sums = of_parts(call, number);
                 }
-                values = values_of(sums, a, beta, limit, exactly);
+                values = values_of(call, sums, exactly);
                 if (exactly || !is_unfinished(values.value))
                     break;
             }
@@ -584,6 +595,7 @@ KERNEL(THREADS, BLOCKS) one_pass(const Call call)
                 values = {UNFINISHED, UNFINISHED};
         }
         if (team_rank() == 0) {
+            double* results = call.values + number * call.columns;
             results[0] = values.value;
             if (BOTH)
                 results[1] = values.other;
