@@ -120,6 +120,12 @@ DEVICE Bytes16 load_again(const Bytes16* at)
     const uint4 value = __ldg(reinterpret_cast<const uint4*>(at));
     return {value.x, value.y, value.z, value.w};
 }
+// From shared memory: at once, which is not left to the compiler's discretion.
+DEVICE Bytes16 load_shared(const Bytes16* at)
+{
+    const uint4 value = *reinterpret_cast<const uint4*>(at);
+    return {value.x, value.y, value.z, value.w};
+}
 template <class T>
 DEVICE T load_one(const T* at)
 {
@@ -174,8 +180,6 @@ DEVICE float larger_or_nan(float a, float b)
     return value;
 }
 DEVICE float fma32(float a, float b, float c) { return __fmaf_rn(a, b, c); }
-// The same, brought into [0, 1]; 0 for NaN.
-DEVICE float fma32_saturated(float a, float b, float c) { return __saturatef(fma32(a, b, c)); }
 DEVICE double fma64(double a, double b, double c) { return __fma_rn(a, b, c); }
 DEVICE float sign_of(float size, float sign) { return copysignf(size, sign); }
 // As IEEE 754 has it, never contracted with a neighbour.

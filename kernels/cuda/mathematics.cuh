@@ -137,11 +137,15 @@ DEVICE float near_psi(float t)
 //
 // with phi(T) = exp(T) - 1 - T, the term of KL(P, Q) over p; 4e-8 or better.
 constexpr float NEAR_BOTH = 3.0f;
+template <int NATURAL>  // 1: over log 2; 0: not
 DEVICE float near_difference(float s)
 {
-    float p = fma32(s, 3.538168016348209e-07f, 0.00012017469271086156f);
-    p = fma32(p, s, 0.02001895196735859f);
-    return fma32(p, s, 1.0f);
+    constexpr double UNIT = NATURAL ? 1.0 : LOG_OF_2;
+    constexpr float A = static_cast<float>(3.538168016348209e-07 * UNIT);
+    constexpr float B = static_cast<float>(0.00012017469271086156 * UNIT);
+    constexpr float C = static_cast<float>(0.02001895196735859 * UNIT);
+    constexpr float D = static_cast<float>(UNIT);
+    return fma32(fma32(fma32(s, A, B), s, C), s, D);
 }
 DEVICE float near_skewness(float s)
 {

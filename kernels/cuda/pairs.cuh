@@ -29,8 +29,8 @@ struct Room {
 
     DEVICE void unpack(int place, float (&x)[VECTOR], float (&y)[VECTOR]) const
     {
-        p[place].unpack(x);
-        q[place].unpack(y);
+        Packed<DTYPE_P, VECTOR>::from(p + place).unpack(x);
+        Packed<DTYPE_Q, VECTOR>::from(q + place).unpack(y);
     }
 };
 

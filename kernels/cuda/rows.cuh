@@ -155,7 +155,21 @@ struct alignas(16) Packed {
         }
     }
 
-    // The same for what lies in shared memory, on its own.
+    // From a place in shared memory.
+    static DEVICE Packed from(const Packed* at)
+    {
+        Packed packed;
+#pragma unroll
+        for (int i = 0; i < LOADS; ++i) {
+            const Bytes16 bytes = load_shared(reinterpret_cast<const Bytes16*>(at) + i);
+#pragma unroll
+            for (int j = 0; j < 4; ++j)
+                packed.word[4 * i + j] = bytes.word[j];
+        }
+        return packed;
+    }
+
+    // To a place in shared memory, on its own.
     DEVICE void copy(const char* at)
     {
 #pragma unroll

@@ -54,7 +54,7 @@ enum Sum {
     SUM_REVERSE,  // terms of reverse KL
     SUM_JS,
     SUM_H,        // abs(q - p)
-    SUM_NEAR,     // the larger one, where delta may change the sign of q - p
+    SUM_NEAR,     // (p + q)/2, where delta may change the sign of q - p
     SUM_V,        // and with that sign where it may not
     SUM_HELLINGER2,
     SUM_JEFFREYS,
@@ -74,7 +74,8 @@ constexpr bool UNBOUNDED = has(KL) || has(REVERSE_KL) || has(RENYI) || has(REVER
 constexpr bool NEEDS_BOTH = has(KL) || has(REVERSE_KL) || has(RENYI) || has(REVERSE_RENYI) ||
                             has(CROSS_ENTROPY) || SUMS_P || SUMS_Q;
 constexpr double UNIT = NEEDS_BOTH ? LOG_OF_2 : 1.0;
-constexpr bool ONLY_JS = has(JS) && COUNT == 1;
+// What depends on delta in second order alone, and may do without knowing it.
+constexpr bool SECOND_ORDER = COUNT == 1 && (has(JS) || has(HELLINGER2));
 constexpr bool DIVERGES = UNBOUNDED || has(JS) || has(TV) || has(HELLINGER2);
 
 DEVICE constexpr bool is_summed(int sum)
@@ -297,6 +298,7 @@ struct Constants {
 struct Exponentials : Summed {
     float reference = 0.0f;  // e = 2**(a x + reference)
     float bound = 0.0f;      // what no entry before has been beyond
+    float least = 0.0f;      // what entries beyond it come to at least, however they are rounded
     float few = 0.0f;        // the largest sum of a few of them
 
     // What they come to.
@@ -318,15 +320,33 @@ struct Exponentials : Summed {
             reference = -of_tile * a;
             S = reference > -INFINITY32 ? 0.0 : NAN64;
         }
+        find_least(a);
+    }
+    DEVICE void find_least(float a)
+    {
+        least = 0.9999f * exp2_approx(fma32(bound, a, reference));
     }
 
-    DEVICE void see(const float (&x)[VECTOR], int64 first)
+    // The sum of the exponentials of a vector; SEES a new top among them, which there is none of
+    // where they come to no more than the old one.
+    template <bool SEES>
+    DEVICE float add(const float (&x)[VECTOR], int64 first, float a)
     {
-        const float found = largest_of(x);
-        if (found > bound) {
-            bound = found;
-            top = {found, first + place_of(x, found)};
+        float sum = 0.0f;
+#pragma unroll
+        for (int i = 0; i < VECTOR; ++i) {
+            const float e = exp2_approx(fma32(x[i], a, reference));
+            sum = i ? sum + e : e;
         }
+        if (SEES && !(sum <= least)) {
+            const float found = largest_of(x);
+            if (found > bound) {
+                bound = found;
+                top = {found, first + place_of(x, found)};
+                find_least(a);
+            }
+        }
+        return sum;
     }
 
     // Have a reference that an entry does not go beyond.
@@ -339,6 +359,7 @@ struct Exponentials : Summed {
         S = moved > -INFINITY32 ? S * factor : NAN64;
         few *= float_of(factor);
         reference = moved;
+        find_least(a);
     }
 
     DEVICE void add(float sum)
@@ -358,15 +379,8 @@ struct SumsOfFew {
         for (int vector = first; vector < stop; vector += TEAM) {
             float entry_x[VECTOR], entry_y[VECTOR];
             piece.fetch(vector, entry_x, entry_y);
-            if (TOP_P)
-                of_x.see(entry_x, piece.rows.index(vector));
-            if (TOP_Q)
-                of_y.see(entry_y, piece.rows.index(vector));
-#pragma unroll
-            for (int i = 0; i < VECTOR; ++i) {
-                x += exp2_approx(fma32(entry_x[i], a, of_x.reference));
-                y += exp2_approx(fma32(entry_y[i], a, of_y.reference));
-            }
+            x += of_x.add<TOP_P>(entry_x, piece.rows.index(vector), a);
+            y += of_y.add<TOP_Q>(entry_y, piece.rows.index(vector), a);
         }
     }
     DEVICE bool fit() const { return x <= LARGE && y <= LARGE; }
@@ -473,119 +487,249 @@ DEVICE void put_together(const Call& call, const double (&sums)[SUMS], double hi
     }
 }
 
-// Add to the sums of a few entries those of Renyi divergences.
-template <int I>
-DEVICE void add_renyi(float (&few)[SUMS], float p, float q, float t, const float (&beta)[COUNT])
+// What terms of a row depend on: log2 p = a x + kx, log2 q = a y + ky, t = log2(q/p) = a (y - x) + C.
+// EXACTLY carries along what y - x rounds off and the constants leave; without it the one counts as
+// noise, and of the others C's is in delta.
+template <bool EXACTLY>
+struct Exponents {
+    float a;
+    Split kx, ky, c;
+    float beta[COUNT];
+    float near;  // the largest |t| of entries that are added as near ones
+
+    DEVICE Exponents(const Call& call, const Constants& constants)
+        : a(factor(call)), kx(constants.of_x.k), ky(constants.of_y.k), c(constants.C),
+          near(NEAR_BOTH)
+    {
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) {
+            beta[i] = float_of(call.parameters[i]);
+            if (TERM[i] == RENYI || TERM[i] == REVERSE_RENYI)
+                near = smaller(near, NEAR_ONE / larger(1.0f, fabs(beta[i])));
+        }
+    }
+
+    DEVICE float log_p(float x) const { return log_of(x, kx); }
+    DEVICE float log_q(float y) const { return log_of(y, ky); }
+    DEVICE float log_of(float x, const Split& k) const
+    {
+        const float log = fma32(x, a, k.whole);
+        return EXACTLY ? log + k.rest : log;
+    }
+    // log2 of sqrt(p q), the same bits if p and q change places.
+    DEVICE float log_mean(float x, float y) const
+    {
+        const float u = fma32(x, 0.5f * a, 0.5f * kx.whole), v = fma32(y, 0.5f * a, 0.5f * ky.whole);
+        return EXACTLY ? u + v + 0.5f * (kx.rest + ky.rest) : u + v;
+    }
+    // NaN for entries that are -inf in both rows.
+    DEVICE float ratio(float x, float y) const
+    {
+        if constexpr (!EXACTLY)
+            return fma32(y - x, a, c.whole);
+        const Difference32 d(y, x);
+        // What is lost is NaN where the difference is infinite.
+        return fma32(d.value, a, c.whole) + fma32(larger(d.lost, -1e30f), a, c.rest);
+    }
+};
+
+// Sums of a few entries in float32, of which those of divergences of near rows are, in part, taken
+// apart: SUM_KL and SUM_REVERSE are log(2)/2 even + odd and log(2)/2 even - odd more.
+struct Few {
+    float sum[SUMS] = {};
+    float even = 0.0f, odd = 0.0f;
+
+    template <int SUM>
+    DEVICE void add(float term)
+    {
+        if constexpr (is_summed(SUM))
+            sum[PLACE<SUM>] += term;
+    }
+    template <int SUM>
+    DEVICE void add(float a, float b)
+    {
+        if constexpr (is_summed(SUM))
+            sum[PLACE<SUM>] = fma32(a, b, sum[PLACE<SUM>]);
+    }
+};
+
+// Renyi divergences of an entry with p, q and t; where rows are near, of which p and q come times
+// t**2.
+template <int I, bool NEAR>
+DEVICE void add_renyi(Few& few, float p, float q, float t, const float (&beta)[COUNT])
 {
     if constexpr (is_summed(SUM_RENYI + I)) {
         constexpr bool REVERSE = TERM[I] == REVERSE_RENYI;
-        float& sum = few[PLACE<SUM_RENYI + I>];
-        const float exponent = smaller(REVERSE ? beta[I] * t : -beta[I] * t, FARTHEST);
-        sum = fma32(REVERSE ? q : p, phi(exponent), sum);
+        const float exponent = REVERSE ? beta[I] * t : -beta[I] * t;
+        if constexpr (NEAR)
+            few.add<SUM_RENYI + I>((REVERSE ? q : p) * (beta[I] * beta[I]), near_phi(exponent));
+        else
+            few.add<SUM_RENYI + I>(REVERSE ? q : p, phi(smaller(exponent, FARTHEST)));
     }
     if constexpr (I + 1 < COUNT)
-        add_renyi<I + 1>(few, p, q, t, beta);
+        add_renyi<I + 1, NEAR>(few, p, q, t, beta);
 }
 
-// Sum the terms of a row; or, for BALANCE, q - p alone. EXACTLY carries along what y - x rounds off
-// and the constants leave; without it the one counts as noise, and of the others C's is in delta.
+constexpr bool HAS_KL = is_summed(SUM_KL), HAS_REVERSE = is_summed(SUM_REVERSE);
+constexpr bool HAS_RENYI = has(RENYI) || has(REVERSE_RENYI);
+// JS and the like alone do without knowing delta, unless they are to be exact.
+template <bool EXACTLY, bool BALANCE>
+constexpr bool MEASURES = BALANCE || (DIVERGES && (EXACTLY || !SECOND_ORDER));
+
+// Below this delta may change the sign of t.
+constexpr float UNSURE = static_cast<float>(2.0 * DELTA);
+DEVICE void add_sign(Few& few, float mean, float t)
+{
+    if (fabs(t) < UNSURE)
+        few.add<SUM_NEAR>(mean);
+    else
+        few.add<SUM_V>(sign_of(mean, t));
+}
+
+// Add an entry whose |t| is at most `near`: seen from sqrt(p q), which is returned; see
+// mathematics.cuh. Not what depends on the sign of t.
+template <bool EXACTLY, bool BALANCE>
+DEVICE float add_near(Few& few, const Exponents<EXACTLY>& of, float x, float y, float t)
+{
+    const float s = t * t, g = exp2_approx(of.log_mean(x, y)), gt = g * t;
+    if constexpr (MEASURES<EXACTLY, BALANCE> || is_summed(SUM_H) || is_summed(SUM_JEFFREYS) ||
+                  HAS_KL || HAS_REVERSE) {
+        const float d = gt * near_difference<static_cast<int>(NEEDS_BOTH)>(s);
+        if constexpr (MEASURES<EXACTLY, BALANCE>)
+            few.add<SUM_D>(d);
+        if constexpr (BALANCE)
+            return g;
+        few.add<SUM_H>(fabs(d));
+        few.add<SUM_JEFFREYS>(d, t);
+        if constexpr (HAS_KL || HAS_REVERSE) {
+            few.even = fma32(d, t, few.even);
+            few.odd = fma32(gt * s, near_skewness(s), few.odd);
+        }
+    }
+    if constexpr (is_summed(SUM_HELLINGER2))
+        few.add<SUM_HELLINGER2>(gt * t, near_hellinger2(s));
+    if constexpr (is_summed(SUM_JS))
+        few.add<SUM_JS>(gt * t, near_js(s));
+    if constexpr (HAS_RENYI) {
+        const float p = exp2_approx(of.log_p(x)), q = exp2_approx(of.log_q(y));
+        add_renyi<0, true>(few, p * s, q * s, t, of.beta);
+    }
+    return g;
+}
+
+// Add an entry with any t: M k(tau), with M the larger one of p and q. Not that of JS: its M and tau.
+template <bool EXACTLY, bool BALANCE>
+DEVICE void add_far(Few& few, const Exponents<EXACTLY>& of, float x, float y, float t, float& m,
+                    float& tau)
+{
+    constexpr bool ONLY_H = !NEEDS_BOTH;
+    const float u = of.log_p(x), v = of.log_q(y);
+    // Entries that are -inf in both rows have m = 0 and any tau.
+    tau = smaller(fabs(t), FARTHEST);
+    m = exp2_approx(larger(u, v));
+    const Power power(-tau);  // the smaller one over the larger one
+    const float mh = m * (ONLY_H ? one_minus_exp2(tau) : -power.less_1);
+    if constexpr (MEASURES<EXACTLY, BALANCE>)
+        few.add<SUM_D>(sign_of(mh, t));
+    if constexpr (BALANCE)
+        return;
+    const bool q_is_larger = t > 0.0f;
+    few.add<SUM_KL>(m, q_is_larger ? power.psi : power.phi);
+    few.add<SUM_REVERSE>(m, q_is_larger ? power.phi : power.psi);
+    few.add<SUM_H>(mh);
+    if constexpr (is_summed(SUM_V))
+        add_sign(few, fma32(mh, static_cast<float>(-0.5 * UNIT), m), t);
+    few.add<SUM_JEFFREYS>(mh, tau);
+    if constexpr (is_summed(SUM_HELLINGER2)) {
+        const float root = one_minus_exp2(0.5f * tau);
+        few.add<SUM_HELLINGER2>(m * root, root);
+    }
+    if constexpr (HAS_RENYI) {
+        const float less = m * power.whole;
+        add_renyi<0, false>(few, q_is_larger ? less : m, q_is_larger ? m : less, sign_of(tau, t),
+                            of.beta);
+    }
+}
+
+// Add what describes P, or Q, of a vector: the sums of probabilities with their logarithms, but for
+// the entry `hole`, if that is one of these.
+template <bool EXACTLY, bool OF_Q>
+DEVICE void add_row(Few& few, const Exponents<EXACTLY>& of, const float (&x)[VECTOR], int64 hole)
+{
+    const bool whole = hole < 0 || hole >= VECTOR;
+#pragma unroll
+    for (int i = 0; i < VECTOR; ++i) {
+        float log = OF_Q ? of.log_q(x[i]) : of.log_p(x[i]);
+        if (!whole)
+            log = i == hole ? -INFINITY32 : log;
+        const float p = exp2_approx(log);
+        few.add<OF_Q ? SUM_Q : SUM_P>(p);
+        few.add<OF_Q ? SUM_Q_LOG_Q : SUM_P_LOG_P>(p, larger(log, -200.0f));
+    }
+}
+
+// Sum the terms of a row; or, for BALANCE, q - p alone.
 template <bool EXACTLY, bool BALANCE>
 OUTLINED void sum_terms(const Call& call, Share share)
 {
-    // JS alone does without knowing delta, unless it is to be exact.
-    constexpr bool MEASURES = BALANCE || (DIVERGES && (EXACTLY || !ONLY_JS));
-    constexpr bool ONLY_H = !NEEDS_BOTH;
     const Piece piece(call, share);
-    const float a = factor(call);
     const Constants& constants = row_constants(call);
-    const Split kx(constants.of_x.k), ky(constants.of_y.k), c(constants.C);
-    const int64 top_p = constants.of_x.top.index - share.first;
-    const int64 top_q = constants.of_y.top.index - share.first;
-    float beta[COUNT];
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i)
-        beta[i] = float_of(call.parameters[i]);
+    const Exponents<EXACTLY> of(call, constants);
+    // Where the largest entries are, which sums of single rows leave out.
+    const int64 top_p = constants.of_x.top.index - share.first + piece.rows.skew;
+    const int64 top_q = constants.of_y.top.index - share.first + piece.rows.skew;
     double sums[SUMS] = {};
     float high = 0.0f;
 
-    for (int vector = team_rank(); vector < piece.rows.vectors;) {
-        float few[SUMS] = {};
+    // All threads of a warp go on until the last of them has nothing left: beyond the row is -inf.
+    const int stop = piece.rows.vectors + thread_index() % 32;
+    for (int vector = team_rank(); vector < stop;) {
+        Few few;
+        const int pause = vector + BLOCK * TEAM < stop ? vector + BLOCK * TEAM : stop;
 #pragma unroll 1
-        for (int n = 0; n < BLOCK && vector < piece.rows.vectors; ++n, vector += TEAM) {
-            float x[VECTOR], y[VECTOR], tau[VECTOR], m[VECTOR];
+        for (; vector < pause; vector += TEAM) {
+            float x[VECTOR], y[VECTOR], t[VECTOR], far = 0.0f;
             piece.fetch(vector, x, y);
-            const int64 index = piece.rows.index(vector);
-            const int hole_p = top_p - index >= 0 && top_p - index < VECTOR
-                                   ? static_cast<int>(top_p - index)
-                                   : -1;
-            const int hole_q = top_q - index >= 0 && top_q - index < VECTOR
-                                   ? static_cast<int>(top_q - index)
-                                   : -1;
 #pragma unroll
             for (int i = 0; i < VECTOR; ++i) {
-                float u = fma32(x[i], a, kx.whole), v = fma32(y[i], a, ky.whole), t;
-                if constexpr (EXACTLY) {
-                    const Difference32 d(y[i], x[i]);
-                    u += kx.rest;
-                    v += ky.rest;
-                    // What is lost is NaN where the difference is infinite.
-                    t = fma32(d.value, a, c.whole) + fma32(larger(d.lost, -1e30f), a, c.rest);
-                } else {
-                    t = fma32(y[i] - x[i], a, c.whole);
+                t[i] = of.ratio(x[i], y[i]);
+                far = larger_or_nan(far, fabs(t[i]));
+            }
+            const int64 first = static_cast<int64>(vector) * VECTOR;
+            if constexpr (SUMS_P && !BALANCE)
+                add_row<EXACTLY, false>(few, of, x, top_p - first);
+            if constexpr (SUMS_Q && !BALANCE)
+                add_row<EXACTLY, true>(few, of, y, top_q - first);
+            if (!warp_any(!(far <= of.near))) {
+                high = larger(high, far);
+                float mean[VECTOR];
+#pragma unroll
+                for (int i = 0; i < VECTOR; ++i)
+                    mean[i] = add_near<EXACTLY, BALANCE>(few, of, x[i], y[i], t[i]);
+                if constexpr (is_summed(SUM_V) && !BALANCE) {
+                    float close = fabs(t[0]);
+#pragma unroll
+                    for (int i = 1; i < VECTOR; ++i)
+                        close = smaller(close, fabs(t[i]));
+                    // The mean of p and q is sqrt(p q) cosh(T/2), which is near enough to 1 here.
+                    if (close < UNSURE) {
+#pragma unroll
+                        for (int i = 0; i < VECTOR; ++i)
+                            add_sign(few, mean[i], t[i]);
+                    } else {
+#pragma unroll
+                        for (int i = 0; i < VECTOR; ++i)
+                            few.add<SUM_V>(sign_of(mean[i], t[i]));
+                    }
                 }
-                // Entries that are -inf in both rows have m = 0 and any tau.
-                tau[i] = smaller(fabs(t), FARTHEST);
-                m[i] = exp2_approx(larger(u, v));
+                continue;
+            }
+            float tau[VECTOR], m[VECTOR];
+#pragma unroll
+            for (int i = 0; i < VECTOR; ++i) {
                 if constexpr (UNBOUNDED)
-                    high = larger(high, fabs(t));
-                const Power power(-tau[i]);  // the smaller one over the larger one
-                const float mh = m[i] * (ONLY_H ? one_minus_exp2(tau[i]) : -power.less_1);
-                if constexpr (MEASURES)
-                    few[PLACE<SUM_D>] += sign_of(mh, t);
-                if constexpr (BALANCE)
-                    continue;
-                const bool q_is_larger = t > 0.0f;
-                if constexpr (is_summed(SUM_KL)) {
-                    const float term = q_is_larger ? power.psi : power.phi;
-                    few[PLACE<SUM_KL>] = fma32(m[i], term, few[PLACE<SUM_KL>]);
-                }
-                if constexpr (is_summed(SUM_REVERSE)) {
-                    const float term = q_is_larger ? power.phi : power.psi;
-                    few[PLACE<SUM_REVERSE>] = fma32(m[i], term, few[PLACE<SUM_REVERSE>]);
-                }
-                if constexpr (is_summed(SUM_H))
-                    few[PLACE<SUM_H>] += mh;
-                if constexpr (is_summed(SUM_V)) {
-                    if (tau[i] < static_cast<float>(2.0 * DELTA))
-                        few[PLACE<SUM_NEAR>] += m[i];
-                    else
-                        few[PLACE<SUM_V>] += sign_of(m[i], t);
-                }
-                if constexpr (is_summed(SUM_JEFFREYS))
-                    few[PLACE<SUM_JEFFREYS>] = fma32(mh, tau[i], few[PLACE<SUM_JEFFREYS>]);
-                if constexpr (is_summed(SUM_HELLINGER2)) {
-                    const float root = one_minus_exp2(0.5f * tau[i]);
-                    few[PLACE<SUM_HELLINGER2>] =
-                        fma32(m[i] * root, root, few[PLACE<SUM_HELLINGER2>]);
-                }
-                const float p = q_is_larger ? m[i] * power.whole : m[i];
-                const float q = q_is_larger ? m[i] : m[i] * power.whole;
-                if constexpr (SUMS_P) {
-                    if (i != hole_p) {
-                        few[PLACE<SUM_P>] += p;
-                        few[PLACE<SUM_P_LOG_P>] =
-                            fma32(p, larger(u, -200.0f), few[PLACE<SUM_P_LOG_P>]);
-                    }
-                }
-                if constexpr (SUMS_Q) {
-                    if (i != hole_q) {
-                        few[PLACE<SUM_Q>] += q;
-                        few[PLACE<SUM_Q_LOG_Q>] =
-                            fma32(q, larger(v, -200.0f), few[PLACE<SUM_Q_LOG_Q>]);
-                    }
-                }
-                if constexpr (has(RENYI) || has(REVERSE_RENYI))
-                    add_renyi<0>(few, p, q, sign_of(tau[i], t), beta);
+                    high = larger(high, fabs(t[i]));
+                add_far<EXACTLY, BALANCE>(few, of, x[i], y[i], t[i], m[i], tau[i]);
             }
             if constexpr (has(JS) && !BALANCE) {
                 float k[VECTOR];
@@ -599,12 +743,15 @@ OUTLINED void sum_terms(const Call& call, Share share)
                 }
 #pragma unroll
                 for (int i = 0; i < VECTOR; ++i)
-                    few[PLACE<SUM_JS>] = fma32(m[i], k[i], few[PLACE<SUM_JS>]);
+                    few.add<SUM_JS>(m[i], k[i]);
             }
         }
+        constexpr float HALF = static_cast<float>(0.5 * LOG_OF_2);
+        few.add<SUM_KL>(fma32(few.even, HALF, few.odd));
+        few.add<SUM_REVERSE>(fma32(few.even, HALF, -few.odd));
 #pragma unroll
         for (int i = 0; i < SUMS; ++i)
-            sums[i] += double_of(few[i]);
+            sums[i] += double_of(few.sum[i]);
     }
     put_together(call, sums, double_of(high));
 }
@@ -670,7 +817,7 @@ struct Results {
     // A divergence of which `second` delta**2 is to be taken away.
     DEVICE Worth divergence(double& value, double second)
     {
-        if (ONLY_JS && !exactly) {
+        if (SECOND_ORDER && !exactly) {
             if (!(second * DELTA * DELTA <= 2e-7 * value))
                 return NOT_YET;
         } else {
@@ -775,7 +922,7 @@ struct Results {
         if constexpr (term == TV) {
             // Of first order in delta, half of which is taken from one row and half given to the
             // other, but where that may change a sign.
-            value = 0.5 * UNIT * of<SUM_H>() - 0.25 * delta * (2.0 * of<SUM_V>() - delta);
+            value = 0.5 * UNIT * of<SUM_H>() - 0.5 * delta * of<SUM_V>();
             const double wrong = 2.0 * fabs(delta) * of<SUM_NEAR>();
             const bool right = fabs(delta) <= DELTA && wrong <= larger(1e-6 * value, 1e-12);
             worth = right && noise <= value * value ? GOOD : NOT_YET;

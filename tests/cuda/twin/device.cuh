@@ -448,6 +448,16 @@ DEVICE T load_one(const T* at)
     twin::check_load(at, sizeof(T));
     return *at;
 }
+DEVICE Bytes16 load_shared(const Bytes16* at)
+{
+    const char* address = reinterpret_cast<const char*>(at);
+    const char* shared = twin::current->block->shared;
+    if (reinterpret_cast<size_t>(at) % 16)
+        twin::fail("misaligned load of 16 bytes");
+    if (address < shared || address + 16 > shared + twin::shared_size)
+        twin::fail("a load for shared memory from elsewhere");
+    return *at;
+}
 // At once: what is not waited for is there as well.
 DEVICE void copy_async(Bytes16* to, const char* from)
 {
@@ -495,11 +505,6 @@ DEVICE float larger_or_nan(float a, float b)
 DEVICE float fma32(float a, float b, float c)
 {
     return twin::flush(__builtin_fmaf(twin::flush(a), twin::flush(b), twin::flush(c)));
-}
-DEVICE float fma32_saturated(float a, float b, float c)
-{
-    const float value = fma32(a, b, c);
-    return value > 0.0f ? fminf(value, 1.0f) : 0.0f;
 }
 DEVICE double fma64(double a, double b, double c) { return __builtin_fma(a, b, c); }
 DEVICE float sign_of(float size, float sign) { return copysignf(size, sign); }
