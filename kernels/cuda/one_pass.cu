@@ -217,7 +217,7 @@ struct Sums {
     // One entry with weight e = 2**z and log-ratio t.
     DEVICE void add(double z, double t, double beta)
     {
-        const double e = exp2(z);
+        const double e = exp2_called(z);
         const Exponential exponential(smaller(t, 700.0));
         S += e;
         D = fma64(e, t, D);
@@ -246,7 +246,7 @@ struct Sums {
     DEVICE void refer_to(double to)
     {
         if (S != 0.0) {
-            const double h = to - reference, factor = exp2(h);
+            const double h = to - reference, factor = exp2_called(h);
             G = factor * (CROSS ? fma64(h, S, G) : G);
             S *= factor;
             D *= factor;
@@ -527,14 +527,14 @@ OUTLINED Values values_of(const Call& call, Sums sums, bool exactly)
     bool good = sums.high + sums.c <= limit;
     if (RENYI)
         good = good && (sums.low + sums.c) * fabs(beta) >= -limit;
-    double entropy = log1p(sums.S);
+    double entropy = log1p_called(sums.S);
     const double rest = sums.S;
     if (CROSS)
         entropy += sums.G * -LOG_OF_2 / (1.0 + rest);
     sums.add(0.0, sums.ratio_of_top(a), beta);
     const double S = sums.S, c = sums.c * LOG_OF_2, A = (sums.B + sums.D) / S;
     // For large A or C, where it cancels, what is the same without B or G.
-    const double ratio = log1p(A);
+    const double ratio = log1p_called(A);
     double value = A > 1.0 ? ratio - sums.D / S : sums.B / S - (A - ratio);
     // Where the rows differ by a constant c, the rounding of y - x makes errors of c 2**-24 in t,
     // which average out over the S or more symbols that carry the mass. The top's own t is exact:
@@ -554,7 +554,7 @@ OUTLINED Values values_of(const Call& call, Sums sums, bool exactly)
     double error = sums.E / (S * (1.0 + A));
     if (RENYI) {
         const double C = (sums.G - beta * sums.D) / S;
-        value += (C > 1.0 ? log1p(C) + beta * sums.D / S : sums.G / S - excess(C)) / beta;
+        value += (C > 1.0 ? log1p_called(C) + beta * sums.D / S : sums.G / S - excess(C)) / beta;
         error += sums.F / (S * (1.0 + C) * fabs(beta));
     }
     good = good && error <= CANCELLATION * value && noise <= value && fabs(c) < APART;
