@@ -20,7 +20,7 @@ HEADERS = ("device.cuh", "rows.cuh", "team.cuh", "mathematics.cuh")
 #: Headers that only some kernels need.
 MORE_HEADERS = {
     "one_pass": ("pairs.cuh",),
-    "two_phase": ("pairs.cuh",),
+    "two_phase": ("pairs.cuh", "terms.cuh", "resident.cuh", "measures.cuh"),
     "exact": ("exact.cuh",),
     "exact_gradients": ("exact.cuh",),
     "finish": ("finish.cuh",),
