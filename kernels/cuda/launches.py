@@ -96,6 +96,8 @@ TERMS = {
     ("top", "q"): "ARGMAX_Q",
 }
 MOST_TERMS = 8
+#: Operations that ``exact`` has together, in this order.
+DIVERGENCES = ("kl", "cross_entropy", "tv", "hellinger2", "jeffreys")
 #: Kernels that finish all rows themselves.
 FINISHED = ("single_pass", "top_k")
 
@@ -355,8 +357,10 @@ class _Work:
         call["phase"], call["parameters"][[0, 15]] = marked, (step.parameter, column)
         # Marked rows are few, and each thread looks for one.
         blocks = 4 * machine(self.device).multiprocessors if marked else MOST_BLOCKS
-        operation = {f"OPERATION_{exact_operation(step)}": 1}
-        self.launch("exact", min(self.count, blocks), WHOLE | operation)
+        name = exact_operation(step)
+        if name in DIVERGENCES:
+            call["parameters"][0], name = DIVERGENCES.index(name), "divergence"
+        self.launch("exact", min(self.count, blocks), WHOLE | {f"OPERATION_{name}": 1})
 
     def _top_k(self, launch: Launch) -> None:
         (step,) = launch.steps

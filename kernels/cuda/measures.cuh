@@ -391,7 +391,7 @@ struct Results {
         noise = exactly ? 0.0 : c > 16.0 ? INFINITY64 : c * c * share / 100.0;
         // And how much larger 2**kx, 2**ky make all terms than they do in float32.
         const double rest_x = Split(constants.of_x.k).rest, rest_y = Split(constants.of_y.k).rest;
-        scale = exactly ? 1.0 : exp2(0.5 * (rest_x + rest_y));
+        scale = exactly ? 1.0 : exp2_called(0.5 * (rest_x + rest_y));
         is_even = exactly || fabs(rest_x - rest_y) < 1e-6;
         if (!is_even)
             noise = INFINITY64;
@@ -426,7 +426,7 @@ struct Results {
         const double off = 0.5 * beta * (beta + 1.0) * delta * delta;
         const double kl = REVERSE ? of<SUM_REVERSE>() : of<SUM_KL>();
         value = fma64(beta, kl, sum) * LOG_OF_2 - off;
-        value = log1p(value) / beta;
+        value = log1p_called(value) / beta;
         if (sums[SUMS] * larger(1.0, fabs(beta)) > LARGEST_RATIO)
             return UNDONE;
         if (!(fabs(off) <= SHARE * fabs(beta) * value) || !(noise <= value))
@@ -439,7 +439,7 @@ struct Results {
     DEVICE Worth rest(const Normalizer& of, double sum, double sum_log, double& S, double& U) const
     {
         const double k = exactly ? of.k : double_of(Split(of.k).whole);
-        const double log_top = fma64(double_of(of.top.value), a, k), up = exp2(-log_top);
+        const double log_top = fma64(double_of(of.top.value), a, k), up = exp2_called(-log_top);
         S = sum * up;
         U = LOG_OF_2 * (log_top * sum - sum_log) * up;
         if (!is_even)
@@ -482,7 +482,7 @@ struct Results {
         if constexpr (term == KL || term == CROSS_ENTROPY) {
             value = of<SUM_KL>() * LOG_OF_2;
             // What the entropy outweighs by far needs not be as accurate.
-            const double entropy = term == KL ? 0.0 : log1p(S) + U / (1.0 + S);
+            const double entropy = term == KL ? 0.0 : log1p_called(S) + U / (1.0 + S);
             const double before = least;
             const Worth of_kl = divergence(value, 0.5);
             if (term == KL || of_kl == GOOD || !(fabs(value) <= 1e-7 * entropy))

@@ -148,7 +148,7 @@ struct Normalizer {
         sum.k = -least;
         for (int64 i = team_rank(); i < parts; i += TEAM) {
             const double* state = states + i * STATE;
-            const double part = state[0] == INFINITY64 ? 0.0 : exp2(sum.k - state[0]);
+            const double part = state[0] == INFINITY64 ? 0.0 : exp2_called(sum.k - state[0]);
             sum.S += part;
             sum.largest = larger(sum.largest, state[1] * part);
             if (WITH_TOP)
@@ -168,8 +168,8 @@ struct Constants {
     {
         double least[2] = {x.S == 0.0 ? -INFINITY64 : -x.k, y.S == 0.0 ? -INFINITY64 : -y.k};
         row_join<Larger>(least, shared);
-        const double scale_x = x.S == 0.0 ? 0.0 : exp2(-least[0] - x.k);
-        const double scale_y = y.S == 0.0 ? 0.0 : exp2(-least[1] - y.k);
+        const double scale_x = x.S == 0.0 ? 0.0 : exp2_called(-least[0] - x.k);
+        const double scale_y = y.S == 0.0 ? 0.0 : exp2_called(-least[1] - y.k);
         double sum[2] = {x.S * scale_x, y.S * scale_y};
         row_join<Add>(sum, shared);
         double share[2] = {x.largest * scale_x, y.largest * scale_y};
@@ -250,7 +250,7 @@ struct Exponentials : Summed {
         const float moved = -entry * a;
         if (!(moved < reference))
             return;
-        const double factor = exp2(double_of(moved) - double_of(reference));
+        const double factor = exp2_called(double_of(moved) - double_of(reference));
         S = moved > -INFINITY32 ? S * factor : NAN64;
         few *= float_of(factor);
         reference = moved;
