@@ -129,18 +129,18 @@ DEVICE float near_psi(float t)
 // Seen from g = sqrt(p q), terms of two rows are even functions of t = log2(q/p), or odd ones, whose
 // polynomials in s = t**2 are short. With T = t log 2, for s <= NEAR_BOTH**2:
 //
-//     q - p                  = 2 g sinh(T/2)                  = g t near_difference(s) log 2
-//     p phi(T) - q phi(-T)   = 2 g (2 sinh(T/2) - T cosh(T/2)) = 2 g t s near_skewness(s) log 2
-//     p phi(T) + q phi(-T)   = 2 g T sinh(T/2)                = T (q - p)
-//     (sqrt q - sqrt p)**2   = 4 g sinh(T/4)**2               = g s near_hellinger2(s)
+//     q - p                 = 2 g sinh(T/2)                   = g t near_difference(s)
+//     p phi(T) - q phi(-T)  = 2 g (2 sinh(T/2) - T cosh(T/2)) = 2 g t s near_skewness(s) log 2
+//     p phi(T) + q phi(-T)  = 2 g T sinh(T/2)                 = T (q - p)
+//     (sqrt q - sqrt p)**2  = 4 g sinh(T/4)**2                = g s near_hellinger2(s)
 //     Jensen-Shannon                                          = g s near_js(s)
 //
-// with phi(T) = exp(T) - 1 - T, the term of KL(P, Q) over p; 4e-8 or better.
+// with phi(T) = exp(T) - 1 - T, so that p phi(T) is a term of KL(P, Q); 4e-8 or better.
 constexpr float NEAR_BOTH = 3.0f;
-template <int NATURAL>  // 1: over log 2; 0: not
+template <bool OVER_LOG_2>
 DEVICE float near_difference(float s)
 {
-    constexpr double UNIT = NATURAL ? 1.0 : LOG_OF_2;
+    constexpr double UNIT = OVER_LOG_2 ? 1.0 : LOG_OF_2;
     constexpr float A = static_cast<float>(3.538168016348209e-07 * UNIT);
     constexpr float B = static_cast<float>(0.00012017469271086156 * UNIT);
     constexpr float C = static_cast<float>(0.02001895196735859 * UNIT);

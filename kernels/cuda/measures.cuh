@@ -178,7 +178,7 @@ DEVICE float add_near(Few& few, const Exponents<EXACTLY>& of, float x, float y, 
     const float s = t * t, g = exp2_approx(of.log_mean(x, y)), gt = g * t;
     if constexpr (MEASURES<EXACTLY, BALANCE> || is_summed(SUM_H) || is_summed(SUM_JEFFREYS) ||
                   HAS_KL || HAS_REVERSE) {
-        const float d = gt * near_difference<static_cast<int>(NEEDS_BOTH)>(s);
+        const float d = gt * near_difference<NEEDS_BOTH>(s);
         if constexpr (MEASURES<EXACTLY, BALANCE>)
             few.add<SUM_D>(d);
         also.see(i, d);

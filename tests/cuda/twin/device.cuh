@@ -142,6 +142,14 @@ struct Block {
     char* shared;  // between two guards
 };
 
+// 16 bytes on their way to shared memory.
+struct Copy {
+    Bytes16* to;
+    Bytes16 value;
+    int batch;
+};
+constexpr int MOST_COPIES = 64;
+
 struct Fiber {
     Context context;
     Fiber* next;
@@ -152,6 +160,8 @@ struct Fiber {
     int thread;
     int turn;
     bool finished;
+    int batch, copying;  // batches that have been ended; copies under way
+    Copy copies[MOST_COPIES];
 };
 
 constexpr size_t GUARD = 4096;
@@ -306,6 +316,8 @@ inline void check_guard(const char* at, size_t size, const char* side)
 [[noreturn]] inline void run_fiber()
 {
     body();
+    if (current->copying)
+        fail("thread %d ends with %d copies under way", current->thread, current->copying);
     current->finished = true;
     Block& block = *current->block;
     if (--block.running == 0) {
@@ -458,15 +470,30 @@ DEVICE Bytes16 load_shared(const Bytes16* at)
         twin::fail("a load for shared memory from elsewhere");
     return *at;
 }
-// At once: what is not waited for is there as well.
+// As late as can be: until it is waited for, the place holds what spoils every result.
 DEVICE void copy_async(Bytes16* to, const char* from)
 {
-    *to = load_once(reinterpret_cast<const Bytes16*>(from));
+    twin::Fiber& fiber = *twin::current;
+    load_shared(to);
+    if (fiber.copying == twin::MOST_COPIES)
+        twin::fail("more than %d copies under way", twin::MOST_COPIES);
+    const Bytes16 value = load_once(reinterpret_cast<const Bytes16*>(from));
+    fiber.copies[fiber.copying++] = {to, value, fiber.batch};
+    twin::fill_guard(reinterpret_cast<char*>(to), 16);
 }
-DEVICE void end_batch() {}
+DEVICE void end_batch() { ++twin::current->batch; }
 template <int BEHIND>
 DEVICE void await_batches()
 {
+    twin::Fiber& fiber = *twin::current;
+    int left = 0;
+    for (int i = 0; i < fiber.copying; ++i) {
+        if (fiber.copies[i].batch < fiber.batch - BEHIND)
+            *fiber.copies[i].to = fiber.copies[i].value;
+        else
+            fiber.copies[left++] = fiber.copies[i];
+    }
+    fiber.copying = left;
 }
 DEVICE uint32 atomic_add(uint32* at, uint32 value)
 {
