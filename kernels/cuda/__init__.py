@@ -8,7 +8,8 @@ matrix of float64 values, one row of it for each row of logits:
 ``two_phase``           all measures of a pair of rows, up to eight at once: one read
 ``single_pass``         entropy, log-sum-exp, token log-probabilities, argmax: one read
 ``exact``               all of them, and the rest, in float64, for any input
-``exact_gradients``     gradients with respect to the logits, in float64, for any input
+``gradients``           the value of a pair, and gradients with respect to the logits: one read
+``exact_gradients``     gradients in float64, for any input
 ``top_k``               overlap of the largest entries
 ``finish``              the results, from the values
 ======================  ====================================================================
@@ -115,12 +116,20 @@ def compare(
     return streaming.values_of(metrics, p, q, rows, tokens)
 
 
-def gradient(*arguments: object) -> None:
-    """Refuse: a gradient would have to go the whole way back."""
-    raise BackendUnavailable(
-        "backend 'cuda' has gradients for arrays on a GPU; accepted for arrays on the host: 'cpu', "
-        "'reference'"
-    )
+def gradient(
+    name: str,
+    p: Rows,
+    q: Rows | None,
+    parameters: tuple[float, ...],
+    rows: Numbers | None,
+    out: Values,
+    scale: Values,
+    into_p: Rows | None,
+    into_q: Rows | None,
+) -> None:
+    """Write values, and gradients with respect to the logits times ``scale``, one a row."""
+    into = {side: each for side, each in (("p", into_p), ("q", into_q)) if each is not None}
+    streaming.gradients_of((name, parameters), p, q, rows, out, scale, into)
 
 
 def shard(*arguments: object, **options: object) -> NoReturn:
@@ -151,7 +160,10 @@ def explain(name: str, p: Rows, q: Rows | None) -> dict[str, object]:
         }
         if launch.module == "two_phase":
             assert q is not None
-            residence = launches.residence(device, p, q, launch.steps)
+            shape = launches.shape_of(launch.steps)
+            residence = launches.residence(
+                device, p, q, shape, launches.cut(device, p.count, p.width, shape[0])
+            )
             each["blocks_of_a_cluster"] = residence.cluster
             each["second_read"] = launches.second_read(device, p, q, residence)
         described.append(each)

@@ -212,6 +212,19 @@ DEVICE uint16 half_of(float value)
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
     return bits;
 }
+// Two of them in a word, low half first.
+DEVICE uint32 halves_of(float low, float high)
+{
+    uint32 word;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    return word;
+}
+DEVICE uint32 bfloats_of(float low, float high)
+{
+    uint32 word;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    return word;
+}
 // Between float32 and float64, numbers below the normal range of float32 included: -ftz=true makes
 // those 0 in the conversions of the language.
 DEVICE double double_of(float value)

@@ -21,6 +21,7 @@ HEADERS = ("device.cuh", "rows.cuh", "team.cuh", "mathematics.cuh")
 MORE_HEADERS = {
     "one_pass": ("pairs.cuh",),
     "two_phase": ("pairs.cuh", "terms.cuh", "resident.cuh", "measures.cuh"),
+    "gradients": ("pairs.cuh", "terms.cuh", "resident.cuh", "measures.cuh", "slopes.cuh"),
     "exact": ("exact.cuh",),
     "exact_gradients": ("exact.cuh",),
     "finish": ("finish.cuh",),

@@ -87,16 +87,20 @@ DEVICE float js_near(float tau)
     k = fma32(k, tau, 0.06005662679672241f);
     return k * tau * tau;
 }
+// log1p(g) for 0 <= g <= 1/4; 1e-8.
+DEVICE float log1p_quarter(float g)
+{
+    float k = fma32(g, -0.10168222337961197f, 0.18768173456192017f);
+    k = fma32(k, g, -0.2490830421447754f);
+    k = fma32(k, g, 0.3333164155483246f);
+    k = fma32(k, g, -0.49999991059303284f);
+    return g * fma32(k, g, 1.0f);
+}
 DEVICE float js_far(float tau)
 {
     const float g = exp2_approx(-tau);
-    float log1p_g = fma32(g, -0.10168222337961197f, 0.18768173456192017f);  // 1e-8
-    log1p_g = fma32(log1p_g, g, -0.2490830421447754f);
-    log1p_g = fma32(log1p_g, g, 0.3333164155483246f);
-    log1p_g = fma32(log1p_g, g, -0.49999991059303284f);
-    log1p_g = g * fma32(log1p_g, g, 1.0f);
     constexpr float HALF_LOG_2 = static_cast<float>(0.5 * LOG_OF_2);
-    return fma32(1.0f + g, fma32(log1p_g, -0.5f, HALF_LOG_2), g * tau * -HALF_LOG_2);
+    return fma32(1.0f + g, fma32(log1p_quarter(g), -0.5f, HALF_LOG_2), g * tau * -HALF_LOG_2);
 }
 
 // --- float32, where rows are near each other -------------------------------------------------

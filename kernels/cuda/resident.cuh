@@ -77,18 +77,23 @@ DEVICE Top row_top(Top top, double* shared)
 // one of the parts of the launch.
 struct Share {
     int64 row, part, first, width;
-    int64 each;  // what it is at most
 
     DEVICE Share(const Call& call, int64 item)
     {
         const int64 shares = CLUSTER > 1 ? CLUSTER : call.parts;
-        each = CLUSTER > 1 ? (call.width + CLUSTER * VECTOR - 1) / (CLUSTER * VECTOR) * VECTOR
-               : call.parts > 1 ? call.part_width
-                                : call.width;
+        const int64 each = most(call);
         row = item / shares;
         part = item % shares;
         first = part * each < call.width ? part * each : call.width;
         width = call.width - first < each ? call.width - first : each;
+    }
+
+    // Entries of one, at most.
+    static DEVICE int64 most(const Call& call)
+    {
+        return CLUSTER > 1 ? (call.width + CLUSTER * VECTOR - 1) / (CLUSTER * VECTOR) * VECTOR
+               : call.parts > 1 ? call.part_width
+                                : call.width;
     }
 };
 
@@ -342,7 +347,7 @@ DEVICE Constants& row_constants(const Call& call)
 }
 
 // Whether the rows differ anywhere, as numbers, by what was kept of them; not for `parts`.
-DEVICE bool row_differs(const Call& call, const Share& share)
+OUTLINED bool row_differs(const Call& call, Share share)
 {
     const Piece piece(call, share);
     double found[2] = {0.0, 0.0};

@@ -575,6 +575,21 @@ DEVICE uint16 half_of(float value)
 }
 DEVICE double double_of(float value) { return value; }
 DEVICE float float_of(double value) { return static_cast<float>(value); }
+DEVICE uint32 halves_of(float low, float high)
+{
+    return half_of(low) | static_cast<uint32>(half_of(high)) << 16;
+}
+DEVICE uint32 bfloats_of(float low, float high)
+{
+    uint32 word = 0;
+    const float both[2] = {low, high};
+    for (int i = 0; i < 2; ++i) {
+        const uint32 bits = as_bits(both[i]);
+        const uint32 rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+        word |= (both[i] == both[i] ? rounded : 0x7fffu) << 16 * i;
+    }
+    return word;
+}
 DEVICE float round_to_odd(double value)
 {
     float below = static_cast<float>(value);
