@@ -47,7 +47,7 @@ struct Sums {
     DEVICE void refer_to(double to)
     {
         if (S != 0.0) {
-            const double h = to - reference, factor = exp2_called(h);
+            const double h = to - reference, factor = exp2(h);
             U = factor * fma64(h, S, U);
             S = factor * S;
         }
@@ -66,7 +66,7 @@ struct Sums {
     DEVICE void replace_top(Top other, double a)
     {
         if (SUMS && top.value > -INFINITY32) {
-            const double z = fma64(double_of(top.value), a, reference), e = exp2_called(z);
+            const double z = fma64(double_of(top.value), a, reference), e = exp2(z);
             S += e;
             U = fma64(e, z, U);
         }
@@ -257,7 +257,7 @@ DEVICE void finish_row(const Call& call, int64 number, const Vectors& row, const
         char* out = call.out;
         out += call.out_offsets ? call.out_offsets[number] : number * call.out_stride;
         const int size = call.out_dtype == FLOAT32 ? 4 : 2;
-        const double log_s = log1p_called(sums.S);
+        const double log_s = log1p(sums.S);
         if (!good || !narrow || call.out_dtype == FLOAT64 || call.parameters[12] != size)
             write_exactly(call, row, out, good, top, log_s);
         else if (call.out_dtype == FLOAT32)

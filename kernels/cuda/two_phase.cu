@@ -3,27 +3,37 @@
 // The first phase reads the pair and sums exponentials (resident.cuh); the second one reads it
 // again, from where the first one has put it, and sums terms (measures.cuh).
 
+// Found out anew whenever it is needed: functions in between need all registers.
+OUTLINED Share share_of(const Call& call, int64 item) { return Share(call, item); }
+DEVICE double* results_of(const Call& call, const Share& share)
+{
+    return call.values + share.row * call.columns;
+}
+DEVICE bool leads(const Share& share) { return team_rank() == 0 && share.part == 0; }
+DEVICE int64 shares_of(const Call& call)
+{
+    return call.count * (CLUSTER > 1 ? CLUSTER : call.parts);
+}
+
 KERNEL(THREADS, BLOCKS) two_phase(ARGUMENT Call call)
 {
     // See one_pass.cu.
     constexpr bool WIDE = Entry<DTYPE_P>::size == 4 && Entry<DTYPE_Q>::size == 4;
-    const int64 step = block_count() * TEAMS;
-    const int64 items = call.count * (CLUSTER > 1 ? CLUSTER : call.parts);
-    for (int64 item = block_index() * TEAMS + team_in_block(); item < items; item += step) {
-        const Share share(call, item);
-        double* results = call.values + share.row * call.columns;
-        const bool leads = team_rank() == 0 && share.part == 0;
-        if (!is_read(call, share.row)) {
-            if (leads)
-                fill<0>(results, NAN64);
+    for (int64 item = block_index() * TEAMS + team_in_block(); item < shares_of(call);
+         item += block_count() * TEAMS) {
+        if (!is_read(call, share_of(call, item).row)) {
+            const Share share = share_of(call, item);
+            if (leads(share))
+                fill<0>(results_of(call, share), NAN64);
             continue;
         }
-        find_constants(call, share);
+        find_constants(call, share_of(call, item));
         if (call.phase == 1)
             continue;
         if (!row_constants(call).good()) {
-            if (leads)
-                fill<0>(results, UNFINISHED);
+            const Share share = share_of(call, item);
+            if (leads(share))
+                fill<0>(results_of(call, share), UNFINISHED);
             continue;
         }
 
@@ -32,15 +42,16 @@ KERNEL(THREADS, BLOCKS) two_phase(ARGUMENT Call call)
         constexpr int PLAIN = 0, EXACTLY = 1, BALANCED = 2, LAST = 3;
         for (int attempt = WIDE || call.parts > 1 ? EXACTLY : PLAIN;; ++attempt) {
             if (attempt >= BALANCED) {
-                sum_terms<true, true>(call, share);
+                sum_terms<true, true>(call, share_of(call, item));
                 if (team_rank() == 0)
                     row_constants(call).balance(UNIT * row_sums(call)[PLACE<SUM_D>]);
                 team_barrier();
             }
             if (attempt == PLAIN)
-                sum_terms<false, false>(call, share);
+                sum_terms<false, false>(call, share_of(call, item));
             else
-                sum_terms<true, false>(call, share);
+                sum_terms<true, false>(call, share_of(call, item));
+            const Share share = share_of(call, item);
             if (call.parts > 1) {
                 double* states = call.states + share.row * call.parts * STATE;
                 if (team_rank() == 0) {
@@ -60,8 +71,8 @@ KERNEL(THREADS, BLOCKS) two_phase(ARGUMENT Call call)
             bool differ = false;
             if (verdict.least < UNDERFLOW)
                 differ = PairOfRows(call, share.row, 0, call.width).differ();
-            if (leads || (team_rank() == 0 && call.parts > 1))
-                finish(call, share.row, attempt != PLAIN, results, differ);
+            if (leads(share) || (team_rank() == 0 && call.parts > 1))
+                finish(call, share.row, attempt != PLAIN, results_of(call, share), differ);
             break;
         }
     }
