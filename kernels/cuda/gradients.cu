@@ -197,15 +197,15 @@ OUTLINED void restore(const Call& call, Share share)
 struct Work {
     const Call& call;
     const Share& share;
-    const bool kept;  // whether all of it lies in shared memory
     bool exactly = WIDE, wrote = false, done = false;
 
-    DEVICE Work(const Call& call, const Share& share)
-        : call(call), share(share),
-          kept(Share::most(call) + 2 * VECTOR - 2 < (call.resident / VECTOR + 1) * VECTOR)
-    {
-    }
+    DEVICE Work(const Call& call, const Share& share) : call(call), share(share) {}
 
+    // Whether all of the row lies in shared memory.
+    DEVICE bool kept() const
+    {
+        return Share::most(call) + 2 * VECTOR - 2 < (call.resident / VECTOR + 1) * VECTOR;
+    }
     DEVICE double beta() const { return call.parameters[0]; }
 
     // What entries are multiplied with, given the value in base 2.
@@ -278,27 +278,26 @@ struct Work {
     DEVICE bool find_value()
     {
         constexpr int PLAIN = 0, EXACTLY = 1, BALANCED = 2, LAST = 3;
-        const double factor = factor_of(1, 0.0);
         for (int attempt = WIDE ? EXACTLY : PLAIN;; ++attempt) {
             exactly = attempt >= EXACTLY;
             if (attempt >= BALANCED) {
                 sum_terms<true, true>(call, share);
                 balance();
             }
-            sum(kept ? factor : NAN64);
+            sum(kept() ? factor_of(1, 0.0) : NAN64);
             if (team_rank() == 0)
                 row_verdict(call) =
                     finish(call, share.row, exactly, &row_known(call).value, false);
             team_barrier();
-            const bool right = !FUSED || good(1, factor);
+            const bool right = !FUSED || good(1, factor_of(1, 0.0));
             if ((row_verdict(call).again || !right) && attempt < LAST)
                 continue;
             if (row_known(call).value < UNDERFLOW && row_differs(call, share))
                 return false;
             if (is_unfinished(row_known(call).value) || !right)
                 return false;
-            if (FUSED && !kept)
-                sum(factor);
+            if (FUSED && !kept())
+                sum(factor_of(1, 0.0));
             return true;
         }
     }
@@ -318,7 +317,7 @@ struct Work {
         for (int attempt = 0; attempt < 4; ++attempt) {
             const double factor_p = factor_of(0, TILTED ? slope_p.divergence(constants, beta()) : 0.0);
             const double factor_q = factor_of(1, TILTED ? slope_q.divergence(constants, beta()) : 0.0);
-            const bool writes = right || (kept && (attempt > 0 || !GUESSED));
+            const bool writes = right || (kept() && (attempt > 0 || !GUESSED));
             const float of_p = float_of(factor_p), of_q = float_of(factor_q);
             wrote = wrote || writes;
             if (exactly)
