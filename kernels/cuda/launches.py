@@ -236,7 +236,7 @@ def residence(device: int, p: Rows, q: Rows, steps: Sequence[Step]) -> Residence
     the same number of threads in one block.
     """
     here, size = machine(device), FLOATS[p.dtype] + FLOATS[q.dtype]
-    sums = sum(2 if step.operation == "statistics" else 1 for step in steps)
+    sums = sum(2 if step.operation in ("statistics", "cross_entropy") else 1 for step in steps)
     threads, blocks = next(shape[1:] for shape in SHAPES if sums <= shape[0])
     parts = cut(device, p.count, p.width, threads)
     if parts.parts > 1:

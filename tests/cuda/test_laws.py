@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -65,7 +65,7 @@ FEW: dict[str, tuple[int, tuple[Any, ...]]] = {
 
 
 @pytest.fixture
-def on_device(device: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def on_device(device: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Have laws look at what the device computes."""
     monkeypatch.setattr(test_properties, "computed", partial(computed, backend="cuda"))
     return device
