@@ -69,8 +69,9 @@ struct OfPair {
 
 // One of those that need no parameter, which is its number: known to launches.py. They differ in a
 // few instructions, and nearly every call may fall back on one of them: they are compiled together.
-enum Which { KULLBACK_LEIBLER, CROSS_ENTROPY, VARIATION, HELLINGER, JEFFREYS };
 struct Divergence : OfPair {
+    enum Which { KULLBACK_LEIBLER, CROSS_ENTROPY, VARIATION, HELLINGER, JEFFREYS };
+
     static DEVICE bool infinite_without_q(double number)
     {
         return number == KULLBACK_LEIBLER || number == CROSS_ENTROPY || number == JEFFREYS;

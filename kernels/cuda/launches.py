@@ -235,7 +235,7 @@ def _share(width: int, blocks: int) -> int:
 
 def shape_of(steps: Sequence[Step]) -> tuple[int, int]:
     """Threads of a block of ``two_phase``, and blocks that share a multiprocessor."""
-    sums = sum(2 if step.operation == "statistics" else 1 for step in steps)
+    sums = sum(2 if step.operation in ("statistics", "cross_entropy") else 1 for step in steps)
     return next(shape[1:] for shape in SHAPES if sums <= shape[0])
 
 
