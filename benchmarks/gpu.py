@@ -10,7 +10,7 @@ shares are of the time of one launch of an empty kernel plus that of the copy.
 Peers are whatever is installed of PyTorch (eager and compiled), Liger-Kernel (whose kernels begin
 at log-probabilities: the log-softmax before them is timed with them), speculators (its fused
 losses from logits) and quack-kernels (softmax: the mark for reading one row once). Values with
-gradients, of KL with respect to Q, are of the forward and the backward pass together.
+gradients are of the forward and the backward pass together, with respect to Q; of entropy to P.
 """
 
 from __future__ import annotations
@@ -42,10 +42,11 @@ ROWS = 8192
 FEW_ROWS = (1, 4, 16, 64)
 FEW_ROWS_VOCABULARY = 128256
 DTYPES = ("float32", "bfloat16", "float16")
-GRADIENT = "kl and gradient"
+GRADIENT = " and gradient"
+GRADIENTS = ("kl", "js", "cross_entropy", "entropy", "renyi:2", "tv", "hellinger2")
 MEASURES = (
     "kl", "cross_entropy", "entropy", "logsumexp", "renyi:2", "js", "tv", "hellinger2", COMPARE,
-    GRADIENT,
+    *(f"{name}{GRADIENT}" for name in GRADIENTS),
 )  # fmt: skip
 #: Largest relative error of klfast that passes.
 TOLERANCE = 1e-5
@@ -157,10 +158,10 @@ def _measure(
     turns = min(256, max(2, (1 << 28) // size)) if few else 1
     sets = [_logits(rows, vocab, dtype, data) for _ in range(turns)]
     for measure in measures:
-        if few and measure == GRADIENT:  # no backward pass is captured
+        if few and measure.endswith(GRADIENT):  # no backward pass is captured
             continue
         arity = _operation(measure).arity
-        moved = arity + (measure == GRADIENT)  # arrays that are read or written once
+        moved = arity + measure.endswith(GRADIENT)  # arrays that are read or written once
         bound = moved * size / copy + (launch if few else 0.0)
         for name, make in _contenders(measure, options).items():
             yield _timed(
@@ -199,7 +200,8 @@ def _timed(
 
 def _operation(measure: str) -> Operation:
     """That of the measure, or of one value that it has."""
-    return OPERATIONS["kl" if measure in (COMPARE, GRADIENT) else measure.partition(":")[0]]
+    name = "kl" if measure == COMPARE else measure.removesuffix(GRADIENT)
+    return OPERATIONS[name.partition(":")[0]]
 
 
 def _contenders(
@@ -225,8 +227,9 @@ def _contenders(
 def _own(measure: str) -> Callable[..., Any]:
     if measure == COMPARE:
         return lambda p, q: klfast.compare(p, q)
-    if measure == GRADIENT:
-        return lambda p, q: klfast.value_and_grad("kl", p, q).value
+    if measure.endswith(GRADIENT):
+        name = measure.removesuffix(GRADIENT)
+        return lambda *rows: klfast.value_and_grad(name, *rows).value
     function = getattr(klfast, _operation(measure).function)
     parameters = _parameters(measure)
     return lambda *rows: function(*rows, *parameters)
@@ -234,22 +237,22 @@ def _own(measure: str) -> Callable[..., Any]:
 
 def _parameters(measure: str) -> tuple[float, ...]:
     """Of "renyi:2": (2.0,)."""
-    return parse_metric(measure)[1] if ":" in measure else ()
+    return parse_metric(measure.removesuffix(GRADIENT))[1] if ":" in measure else ()
 
 
 def _of_peer(peer: Any, measure: str) -> Callable[..., Any]:
-    function: Callable[..., Any] | None = peer.measure("kl" if measure == GRADIENT else measure)
+    function: Callable[..., Any] | None = peer.measure(measure.removesuffix(GRADIENT))
     if function is None:
         raise LookupError(f"{peer.name} has no {measure}")
-    return _both_ways(function) if measure == GRADIENT else function
+    return _both_ways(function) if measure.endswith(GRADIENT) else function
 
 
 def _both_ways(function: Callable[..., Any]) -> Callable[..., Any]:
     """Forward and backward."""
 
-    def run(p: Any, q: Any) -> Any:
-        student = q.detach().requires_grad_()
-        value = function(p, student)
+    def run(*rows: Any) -> Any:
+        student = rows[-1].detach().requires_grad_()
+        value = function(*rows[:-1], student)
         value.sum().backward()
         return value.detach()
 
@@ -293,14 +296,14 @@ LIGER = {
     "kl": _liger("LigerKLDIVLoss", reduction="batchmean", log_target=True),
     "js": _liger("LigerJSD", beta=0.5),
 }
-LIGER[GRADIENT] = _with_gradient(LIGER["kl"])
+LIGER |= {f"{name}{GRADIENT}": _with_gradient(make) for name, make in LIGER.items()}
 SPECULATORS = {
     "kl": _speculators("fused_kl_div_loss"),
     "js": _speculators("fused_js_div_loss"),
     "tv": _speculators("fused_tv_loss"),
     "cross_entropy": _speculators("fused_ce_loss"),
 }
-SPECULATORS[GRADIENT] = _with_gradient(SPECULATORS["kl"])
+SPECULATORS |= {f"{name}{GRADIENT}": _with_gradient(make) for name, make in SPECULATORS.items()}
 QUACK = {"logsumexp": _quack}
 
 

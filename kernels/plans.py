@@ -14,11 +14,12 @@ from enum import IntEnum
 from typing import NamedTuple
 
 __all__ = [
-    "CHANGE",
     "COLUMNS",
+    "ENTRIES",
     "EXAMPLE",
     "LOG_RATIO",
     "LOG_SOFTMAX",
+    "NORMALIZERS",
     "STATISTICS",
     "Finish",
     "Plan",
@@ -171,12 +172,17 @@ _PLANS = {
     "nll_q": _statistics(Finish.NLL, "q"),
     "same_top": Plan((_top("p"), _top("q")), Finish.SAME_TOP),
     "delta_prob": _statistics(Finish.DELTA_PROB, "pq"),
+    # Of shards alone: where log(p/q) is largest.
+    "top_ratio_p": _pair("exact", "top_ratio"),
+    "top_ratio_q": _pair("exact", "top_ratio"),
 }
 
 #: log(Sx/Sy), with Sx the sum of exp((x - m)/T) and m the largest x, as exactly as they are close.
 LOG_RATIO = Step("exact", "log_ratio", "pq")
-#: sum (q - p) of normalizers that are given.
-CHANGE = Step("two_phase", "change", "pq")
+#: Measures of shards that are the entry of one of the rows at an index that the plan gives.
+ENTRIES = {"top_ratio_p": 0, "top_ratio_q": 1}
+#: What knows log(Sx/Sy), with references instead of m, symmetrically and to first order.
+NORMALIZERS = Step("two_phase", "tv", "pq", 0.0, 40.0)
 
 #: What writes log-probabilities; it gives no values.
 LOG_SOFTMAX = Step("single_pass", "log_softmax", "p")
@@ -184,7 +190,7 @@ LOG_SOFTMAX = Step("single_pass", "log_softmax", "p")
 
 @functools.cache
 def plan_of(name: str, parameters: tuple[float, ...]) -> Plan:
-    """How an operation of the table is computed."""
+    """How an operation of the table is computed, or one that only states have."""
     if not parameters:
         return _PLANS[name]
     (parameter,) = parameters

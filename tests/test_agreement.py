@@ -350,3 +350,11 @@ def test_log_softmax(dtype: str, width: int) -> None:
             right |= (size > (3.4e38 if result == "float32" else BEYOND)) & np.isinf(got)
         wrong = [names[row] for row in np.flatnonzero(~right.all(axis=-1))]
         assert not wrong, (result, wrong)
+
+
+@pytest.mark.parametrize("level", [1e5, -1e5])
+def test_logsumexp_of_large_logits(level: float) -> None:
+    """Of float32 logits near 1e5 a float64 result is right to far more than their spacing."""
+    x = (level + np.random.default_rng(3).standard_normal((2, 3000))).astype(np.float32)
+    found = klfast.logsumexp(x, dtype=np.float64)
+    np.testing.assert_allclose(found, reference.logsumexp(x), rtol=1e-12)

@@ -110,9 +110,20 @@ def test_time_spent_adds_up(files: Path) -> None:
 def test_unfinished_files_do_not_count(files: Path) -> None:
     stop_after(9)
     (Path("kept") / ".rows-000000000009-000000000012.npz.7.tmp").write_bytes(b"half of")
-    (Path("kept") / "rows-000000000030-000000000033.npz").write_bytes(b"after a gap")
     assert same(job(resume=True, chunk_rows=3), job(checkpoint=None))
     assert not list(Path("kept").glob(".*"))
+
+
+def test_rows_after_a_gap_are_not_done_again(files: Path) -> None:
+    job()
+    times = {path: path.stat().st_mtime_ns for path in Path("kept").glob("rows-*")}
+    lost = sorted(times)[3]
+    lost.unlink()
+    seen: list[int] = []
+    found = job(resume=True, progress=lambda done, _: seen.append(done))
+    assert same(found, job(checkpoint=None))
+    assert seen == [37, 40]
+    assert {path for path in times if times[path] != path.stat().st_mtime_ns} == {lost}
 
 
 def rewrite() -> None:
@@ -296,3 +307,13 @@ def test_interrupted_from_the_keyboard(files: Path) -> None:
 def test_memory_is_bounded_by_the_chunk(files: Path) -> None:
     small, large = (Job(np.zeros((n, 50)), [np.zeros((n, 50))]) for n in (100, 100_000))
     assert large.memory - small.memory < 99_900 * 8 * 20
+
+
+@pytest.mark.parametrize(
+    ("width", "candidates", "rows"),
+    [(32000, 1, 262), (262144, 1, 64), (128256, 3, 64), (10**7, 1, 3)],
+)
+def test_rows_of_a_chunk(width: int, candidates: int, rows: int) -> None:
+    """64 MiB of them, but more of long rows: kernels are slower with fewer than 64."""
+    logits = np.broadcast_to(np.float32(0), (10**4, width))
+    assert Job(logits, [logits] * candidates).chunk_rows == rows

@@ -316,7 +316,11 @@ def test_llama_files(run: Run) -> None:
 
 def test_convert(run: Run) -> None:
     base = str(EXAMPLES / "base.kld")
-    assert run("convert", base, "o.npy") == (0, "", "")
+    status, out, err = run("convert", base, "o.npy")
+    assert (status, out, err.count("\n")) == (0, "", 1)
+    _, words = zip(*(BaseLogits(base).stored(row, row + 1)[1:] for row in range(23)), strict=True)
+    share = 100 * np.mean(np.concatenate(words) == 0)  # all rows are cut off at the bottom
+    assert err.startswith(f"klfast: {share:.3g} % of the entries are at the floor of their row: ")
     np.save("tokens.npy", BaseLogits(base).tokens)
     arguments = ("o.npy", "o.kld", "--tokens", "tokens.npy", "--context", "48")
     assert run("convert", *arguments, "--input", "log_probs") == (0, "", "")
@@ -488,6 +492,9 @@ def test_interrupt_leaves_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
         (("compare", "base.npy", "test.npy", "--resume"), "--resume needs --checkpoint"),
         (("compare", "base.npy", "test.npy", "--checkpoint", "base.npy"), "is not a folder"),
         (("compare", "base.npy", "test.npy", "--report", "base.npy"), "is not a folder"),
+        (("compare", "base.npy", "test.npy", "--checkpoint", "base.npy/x"), "base.npy is not a fo"),
+        (("compare", "base.npy", "test.npy", "--report", "base.npy/x/y"), "base.npy is not a fold"),
+        (("compare", "base.npy", "test.npy", "--fail-above", "kl=1"), "nearest is 'kl.mean'"),
         (("compare", "base.npy", "test.npy", "--bootstrap", "1"), "0 or a number from 2"),
         (("compare", "base.npy", "test.npy", "--bootstrap", "x"), "a whole number from 1"),
         (("compare", "base.npy", "test.npy", "--checkpoint-every", "-1"), "seconds from 0"),
@@ -512,6 +519,59 @@ def test_bad_arguments(run: Run, arguments: tuple[str, ...], reason: str) -> Non
     assert (status, out) == (2, "")
     assert reason in err.splitlines()[-1]
     assert not leftovers()
+
+
+def test_folders_that_cannot_be_written(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found out before the job, for any folder above; made if it can be."""
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    for option in ("--report", "--checkpoint"):
+        status, out, err = run("compare", "base.npy", "test.npy", option, "no/such")
+        assert (status, out) == (2, "")
+        assert err.splitlines()[-1].endswith(f"the folder {Path.cwd()} is not writable")
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("", "the name of a file of logits is empty"),
+        ("empty.kld", "empty.kld: is empty (0 bytes)"),
+        ("empty.npy", "empty.npy: is empty (0 bytes)"),
+        ("empty.json", "empty.json: is not JSON"),
+    ],
+)
+def test_files_of_nothing(run: Run, name: str, reason: str) -> None:
+    if name:
+        Path(name).touch()
+    status, out, err = run("compare", "base.npy", name)
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert reason in err
+
+
+def test_one_row_has_no_errors(run: Run) -> None:
+    np.save("one.npy", BASE[:1])
+    np.save("other.npy", TEST[:1])
+    np.save("t.npy", [3])
+    status, out, err = run("compare", "one.npy", "other.npy", "--targets", "t.npy")
+    assert (status, err) == (0, "")
+    assert "interval" not in out
+    assert " ± " not in out
+    line = next(each for each in out.splitlines() if each.startswith("kl  "))
+    assert "nan" not in line
+
+
+def test_sequences_of_hidden_states(run: Run) -> None:
+    """Those that the shape of the file tells, as of logits."""
+    for name in ("p", "q"):
+        np.save(f"{name}.npy", RANDOM.standard_normal((4, 6, 16)).astype(np.float32))
+    np.save("head.npy", RANDOM.standard_normal((80, 16)).astype(np.float32))
+    status, out, err = run("compare", "p.npy", "q.npy", "--head", "head.npy")
+    assert (status, err) == (0, "")
+    assert "rows  24 of 4 sequences" in out
+    np.save("head.npy", np.ones(16, np.float32))
+    status, out, err = run("compare", "p.npy", "q.npy", "--head", "head.npy")
+    assert (status, out) == (1, "")
+    assert "weight has shape (16,), but hidden has (4, 6, 16)" in err
 
 
 # The progress bar

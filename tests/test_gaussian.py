@@ -398,3 +398,15 @@ def test_torch_differentiates_it_also_when_compiled() -> None:
     assert logvar.grad is None
     with pytest.raises(ValueError, match="accepted: one shape and dtype"):
         gaussian_kl_divergence(mean, logvar[:1])
+
+
+@pytest.mark.parametrize("shape", [(37, 5), (16, 32), (33, 16), (1, 512), (20, 513), (300, 40)])
+def test_narrow_rows_are_summed_sixteen_at_a_time(shape: tuple[int, int]) -> None:
+    rng = np.random.default_rng(0)
+    mean, logvar = rng.standard_normal((2, *shape)).astype(np.float32)
+    mean[0], logvar[0] = 0.0, 0.0  # the prior itself
+    logvar[-1, 1] = 95.0  # beyond float32
+    wide = gaussian.kl_divergence(mean.astype(np.float64), logvar.astype(np.float64))
+    with np.errstate(over="ignore"):
+        expected = wide.astype(np.float32)
+    np.testing.assert_allclose(gaussian.kl_divergence(mean, logvar), expected, rtol=1e-6)

@@ -225,6 +225,78 @@ def test_gradients_of_every_kind_of_row(name: str, width: int) -> None:
         assert not wrong.size, [(names[row], error[row], largest[row]) for row in wrong]
 
 
+FUSED = (
+    "kl", "reverse_kl", "js", "renyi:0.3", "renyi:0.5", "renyi:2", "alpha:0.5", "tsallis:2", "tv",
+    "hellinger2", "chi2", "cross_entropy",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("noise", [1e-3, 0.1, 1.0])
+def test_ordinary_rows_are_done_by_one_kernel(noise: float, monkeypatch: Any) -> None:
+    cpu = pytest.importorskip("klfast.kernels.cpu")
+    rng = np.random.default_rng(7)
+    p = (2.0 * rng.normal(size=(6, 4099))).astype(np.float32)
+    q = (p + noise * rng.normal(size=p.shape)).astype(np.float32)
+    p[2, 100:3000] = q[2, 100:3000] = -np.inf
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("rows were left to the careful kernels")
+
+    monkeypatch.setattr(cpu, "_fast_gradient", refuse)
+    for name in FUSED:
+        value, gradients = both(name, p, q)
+        np.testing.assert_allclose(value, true_value(name, p, q), rtol=1e-6)
+        for wrt, found in zip("pq", gradients, strict=True):
+            expected = true_gradient(name, p, q, wrt)
+            largest = np.abs(expected).max(-1, keepdims=True)
+            assert (np.abs(found - expected) <= 2e-6 * largest).all(), (name, wrt)
+            assert (found[2, 100:3000] == 0.0).all()
+
+
+@pytest.mark.parametrize("name", ["js", "tv", "hellinger2"])
+def test_symmetric_divergences_have_symmetric_gradients_to_the_bit(name: str) -> None:
+    rng = np.random.default_rng(7)
+    p = (2.0 * rng.normal(size=(6, 4099))).astype(np.float32)
+    q = (p + 0.1 * rng.normal(size=p.shape)).astype(np.float32)
+    for first, second in ((p, q), (p, q.astype(np.float16))):
+        value, (of_first, of_second) = both(name, first, second)
+        exchanged, (again_second, again_first) = both(name, second, first)
+        np.testing.assert_array_equal(value, exchanged)
+        np.testing.assert_array_equal(of_first, again_first)
+        np.testing.assert_array_equal(of_second, again_second)
+
+
+@pytest.mark.parametrize("name", ["kl", "tv"])
+def test_gradients_do_not_depend_on_threads_or_on_where_they_go(name: str) -> None:
+    p, q = (x.astype(np.float32) for x in logits(0.2, rows=40, width=9001))
+    before = klfast.get_num_threads()
+    found = []
+    try:
+        for n in (1, 3):
+            klfast.set_num_threads(n)
+            found.append(both(name, p, q))
+            copies = p.copy(), q.copy()
+            found.append(both(name, *copies, out=copies))
+    finally:
+        klfast.set_num_threads(before)
+    for value, gradients in found[1:]:
+        np.testing.assert_array_equal(value, found[0][0])
+        for one, other in zip(gradients, found[0][1], strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+def test_gradient_of_total_variation_where_most_entries_are_equal() -> None:
+    """They have no derivative, and no share in it: only where p and q differ is there one."""
+    rng = np.random.default_rng(3)
+    p = (2.0 * rng.normal(size=(4, 1000))).astype(np.float32)
+    q = p.copy()
+    q[:, :2] = p[:, 1::-1]
+    _, gradients = both("tv", p, q)
+    for wrt, found in zip("pq", gradients, strict=True):
+        expected = true_gradient("tv", p, q, wrt)
+        assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
 def test_value_is_that_of_the_function_to_the_bit() -> None:
     p, q = (x.astype(np.float32) for x in logits(0.2))
     np.testing.assert_array_equal(value_and_grad("kl", p, q).value, klfast.kl_divergence(p, q))

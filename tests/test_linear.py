@@ -1,13 +1,18 @@
 """Logits that are made while they are compared: against the plain product in float64."""
 
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from klfast.kernels import cpu
 
 import klfast
 from klfast import Evaluation, LinearLogits, evaluate
+from klfast._heads import open_head
+from klfast._job import Job
 
 RANDOM = np.random.default_rng(21)
 HIDDEN = RANDOM.standard_normal((3, 5, 32)).astype(np.float32)
@@ -37,7 +42,8 @@ def test_logits(
     options: dict[str, Any], dtype: str, blocks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kind = np.dtype(pytest.importorskip("ml_dtypes").bfloat16 if dtype == "bfloat16" else dtype)
-    monkeypatch.setattr("klfast._linear._BLOCK_BYTES", blocks * 32 * 4)
+    for name in ("_PANEL_BYTES", "_CONVERTED_BYTES"):
+        monkeypatch.setattr(f"klfast._linear.{name}", blocks * 32 * 4)
     hidden, weight = HIDDEN.astype(kind), WEIGHT.astype(kind)
     source = LinearLogits(hidden, weight, **options)
     assert source.shape == (3, 5, 70)
@@ -87,7 +93,8 @@ def test_sequences_of_batches_stay_apart() -> None:
     for _ in range(2):
         arrays.update(*(each.read(0, 15).reshape(3, 5, 70) for each in (base, test)))
     for name, column in arrays.columns.items():
-        np.testing.assert_array_equal(evaluation.columns[name], column)
+        # Products of another number of rows round differently.
+        np.testing.assert_allclose(evaluation.columns[name], column, rtol=2e-4, atol=1e-6)
     assert evaluation.seconds > 0
 
 
@@ -154,3 +161,109 @@ def test_memory_does_not_grow_with_the_rows() -> None:
 def test_refusals(arguments: Any, reason: str) -> None:
     with pytest.raises((ValueError, TypeError), match=reason):
         LinearLogits(*arguments)
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes of all matrix products of NumPy."""
+    made: list[tuple[int, ...]] = []
+    matmul = np.matmul
+
+    def noted(x: Any, y: Any, **options: Any) -> Any:
+        made.append((*x.shape, y.shape[1]))
+        return matmul(x, y, **options)
+
+    monkeypatch.setattr(np, "matmul", noted)
+    return made
+
+
+def test_sides_with_one_head_are_one_product(products: list[tuple[int, ...]]) -> None:
+    """Each with its own scale, bias and bound, and every candidate with its own states."""
+    base = LinearLogits(HIDDEN, WEIGHT, BIAS, softcap=5.0)
+    tests: list[Any] = [
+        LinearLogits(OTHER, WEIGHT, scale=2.0),
+        LinearLogits(-HIDDEN, WEIGHT[:], BIAS),
+    ]
+    found = evaluate(base, tests, metrics=["kl", "tv"], chunk_rows=6)
+    # Of 6, 6 and 3 rows in whole tiles.
+    assert products == [(3 * 16, 32, 70)] * 3
+    expected = exact(HIDDEN, WEIGHT, BIAS, softcap=5.0)
+    others = exact(OTHER, WEIGHT, scale=2.0), exact(-HIDDEN, WEIGHT, BIAS)
+    for evaluation, other in zip(found, others, strict=True):
+        for name in ("kl", "tv"):
+            values = klfast.compare(expected, other, name)[name].ravel()
+            np.testing.assert_allclose(evaluation.columns[name], values, rtol=2e-4)
+
+
+def test_sides_with_two_heads_are_two_products(products: list[tuple[int, ...]]) -> None:
+    base, test = LinearLogits(HIDDEN, WEIGHT), LinearLogits(HIDDEN, WEIGHT.copy())
+    wide = LinearLogits(HIDDEN.astype(np.float64), WEIGHT)
+    evaluate(base, [test, wide], metrics=["kl"])
+    assert products == [(15, 32, 70)] * 3
+
+
+@pytest.mark.parametrize("rows", [1, 5, 33])
+def test_a_model_and_itself(rows: int) -> None:
+    """Equal states have equal logits, wherever they stand in a product: nothing is lost."""
+    hidden = RANDOM.standard_normal((rows, 32)).astype(np.float32)
+    base, test = LinearLogits(hidden, WEIGHT), LinearLogits(hidden.copy(), WEIGHT)
+    assert not klfast.compare(base, test, "kl")["kl"].any()
+
+
+def test_rows_that_were_read_stay() -> None:
+    source = LinearLogits(HIDDEN, WEIGHT)
+    first = source.read(0, 5)
+    kept = first.copy()
+    source.read(5, 10)
+    np.testing.assert_array_equal(first, kept)
+
+
+def test_a_chunk_is_bounded_by_bytes_and_rows() -> None:
+    rows = []
+    for width, states in ((128256, 1), (70, 4096)):
+        weight = np.broadcast_to(np.float32(0), (width, states))
+        hidden = np.broadcast_to(np.float32(0), (10**6, states))
+        sides = [LinearLogits(hidden, weight), LinearLogits(hidden, weight)]
+        rows.append(Job(sides[0], sides[1:]).chunk_rows)
+    assert rows == [261, 512]
+
+
+def test_any_thread_measures() -> None:
+    """A worker of a cluster has several threads, and one job."""
+    sides = [
+        LinearLogits(HIDDEN, WEIGHT),
+        LinearLogits(OTHER, WEIGHT),
+        LinearLogits(OTHER, -WEIGHT),
+    ]
+    job = Job(sides[0], sides[1:], metrics=["kl"], chunk_rows=1)
+    expected = [job.measured(start) for start in range(15)]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(job.measured, [*range(15)] * 20))
+    for start, part in enumerate(found):
+        for name in ("0/kl", "1/kl"):
+            np.testing.assert_array_equal(part[name], expected[start % 15][name])
+
+
+def test_a_file_that_several_sides_name_is_one_head(tmp_path: Path) -> None:
+    for name, array in (("p", HIDDEN), ("q", OTHER), ("head", WEIGHT), ("other", WEIGHT)):
+        np.save(tmp_path / f"{name}.npy", array)
+    p, q, head, other = (str(tmp_path / f"{name}.npy") for name in ("p", "q", "head", "other"))
+    sides: list[Any] = [open_head(p, head), open_head(q, head), open_head(q, other)]
+    assert sides[0].shares_head(sides[1])
+    assert not sides[0].shares_head(sides[2])
+    np.save(head, -WEIGHT)  # another one of the same name
+    assert not sides[0].shares_head(open_head(p, head))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_every_number_of_16_bits_becomes_float32(dtype: str) -> None:
+    """Subnormal ones, infinities and NaN too; in rows of any width, and any distance apart."""
+    kind = np.dtype(pytest.importorskip("ml_dtypes").bfloat16 if dtype == "bfloat16" else dtype)
+    numbers = np.arange(2**16, dtype=np.uint16).view(kind)
+    for width in (1, 15, 16, 33, 1000):
+        rows = len(numbers) // width
+        table = numbers[: rows * width].reshape(rows, width)
+        for stored in (table, np.pad(table, ((0, 0), (3, 2)))[:, 3 : 3 + width]):
+            found = np.empty((rows, width), np.float32)
+            cpu.to_float32(stored, found)
+            np.testing.assert_array_equal(found, stored.astype(np.float32))

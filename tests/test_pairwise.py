@@ -207,3 +207,30 @@ def test_bad_arguments_are_named(change: dict[str, Any], error: Any, message: st
     arguments: dict[str, Any] = {"p": np.zeros((6, 3)), "q": np.zeros((6, 3))} | change
     with pytest.raises(error, match=message):
         klfast.pairwise(**arguments)
+
+
+@pytest.mark.parametrize("metric", ["kl", "jeffreys", "renyi:0.5", "js"])
+@pytest.mark.parametrize("shape", [(5, 70, 4099), (37, 161, 600), (260, 17, 33)])
+def test_panels_that_are_not_full(metric: str, shape: tuple[int, int, int]) -> None:
+    n, m, width = shape
+    p, q = (logits(k, width, seed).astype(np.float32) for k, seed in ((n, 0), (m, 1)))
+    found = klfast.pairwise(p, q, metric)
+    wide = klfast.pairwise(p.astype(np.float64), q.astype(np.float64), metric)
+    np.testing.assert_allclose(found, wide, rtol=1e-5)
+    some = np.ix_([0, n - 1], [0, m // 2, m - 1])
+    np.testing.assert_allclose(
+        found[some], one_by_one(p[some[0][:, 0]], q[some[1][0]], metric), rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("metric", ["kl", "js"])
+def test_threads_do_not_change_a_bit(metric: str) -> None:
+    p, q = (logits(n, 5000, seed).astype(np.float32) for n, seed in ((90, 0), (150, 1)))
+    threads = klfast.get_num_threads()
+    try:
+        klfast.set_num_threads(1)
+        alone = klfast.pairwise(p, q, metric)
+        klfast.set_num_threads(3)
+        np.testing.assert_array_equal(klfast.pairwise(p, q, metric), alone)
+    finally:
+        klfast.set_num_threads(threads)

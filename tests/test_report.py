@@ -186,9 +186,30 @@ def test_pages_of_less(tmp_path: Path) -> None:
 
 
 def test_names_in_the_legend() -> None:
-    assert _short(["x/a.npy", "y/b.npy"]) == ["a.npy", "b.npy"]
-    assert _short(["x/a.npy", "y/a.npy"]) == ["x/a.npy", "y/a.npy"]
     assert _short(["_a", "é" * 50]) == [" _a", "..." + "?" * 37]
+
+
+@pytest.mark.parametrize(
+    ("names", "shown"),
+    [
+        (("x/a.npy", "x/b.npy", "y/c.npy"), ["a.npy", "b.npy", "c.npy"]),
+        (("x/a.npy", "y/a.npy", "y/c.npy"), ["x/a.npy", "y/a.npy", "y/c.npy"]),
+        (("p with x/h", "d/q with x/h", "r with y/h"), ["p with h", "q with h", "r with h"]),
+    ],
+)
+def test_names_without_folders_where_they_differ(
+    tmp_path: Path, names: tuple[str, str, str], shown: list[str]
+) -> None:
+    found = evaluate(BASE, [TEST, OTHER], TARGETS)
+    for side, name in zip((found[0].base, found[0].test, found[1].test), names, strict=True):
+        side["name"] = name
+    found[1].base["name"] = names[0]
+    page = Page(write_report(found, tmp_path))
+    assert f"Compared with {shown[0]}\n" in page.text
+    assert f"{shown[1]} is closer to the base than {shown[2]}: mean kl" in page.text
+    for short, full in zip(shown, names, strict=True):
+        assert f"Measures: {short}" in page.text or full == names[0]
+        assert any(full in cell for row in page.cells[-40:] for cell in row)
 
 
 def test_the_same_results_give_the_same_page(tmp_path: Path) -> None:

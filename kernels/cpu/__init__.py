@@ -5,7 +5,8 @@ A call is planned as one or more kernel runs (a *step*), which write one value a
 
 ======================  ====================================================================
 ``one_pass``            KL, Rényi and what follows from it, cross-entropy: float32, one read
-``two_phase``           JS with weight 1/2, total variation, Hellinger, Jeffreys: float32
+``two_phase``           JS with weight 1/2, total variation, Hellinger, Jeffreys: float32;
+                        for ``compare`` several of them, both KL and the largest entries together
 ``single_pass``         entropy, log-sum-exp, token log-probabilities, argmax: float32
 ``exact``               all of them, and the rest, in float64, for any input
 ``top_k``               overlap of the largest entries
@@ -32,11 +33,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..plans import (
-    CHANGE,
     COLUMNS,
+    ENTRIES,
     EXAMPLE,
     LOG_RATIO,
     LOG_SOFTMAX,
+    NORMALIZERS,
     Finish,
     Plan,
     Step,
@@ -77,6 +79,9 @@ AT_A_TIME = 1 << 16
 #: Bytes of both rows that ``compare`` keeps in cache while every metric reads them.
 CACHE_BLOCK = 1 << 21
 
+#: KL divergences from which the normalizers of a part are compared as they are.
+FAR = 0.02
+
 _LOG2_E = math.log2(math.e)
 _LN_2 = math.log(2.0)
 _FARTHEST = 8192.0
@@ -88,9 +93,11 @@ _SIGNATURE = {
     "two_phase": "q" * 20 + "d",
     "single_pass": "q" * 18 + "d",
     "exact": "q" * 19 + "d" * 3,
+    "fused_gradients": "q" * 22 + "d" * 3,
     "gradients": "q" * 21 + "d" * 3,
     "top_k": "q" * 18,
     "floors": "q" * 12,
+    "widen": "q" * 8,
     "read": "q" * 5,
 }
 
@@ -258,6 +265,31 @@ def _step(
     ):
         _step_exact(step, p, q, rows, out, tokens, alone, normalizers)
         return
+    again = _unfinished(step, p, q, rows, out, tokens, alone, exactly, known, normalizers)
+    if len(again):
+        if q is None or exactly:
+            if known is not None:
+                known[again] = np.nan
+            _step_exact(step, p, q, again, out, tokens, alone, normalizers)
+        else:
+            pair = step._replace(rows="pq")
+            _step(pair, p, q, again, out, tokens, alone, True, known, normalizers)
+
+
+def _unfinished(
+    step: Step,
+    p: Rows,
+    q: Rows | None,
+    rows: Numbers | None,
+    out: NDArray[Any] | Rows,
+    tokens: Numbers | None,
+    alone: bool,
+    exactly: bool = False,
+    known: Values | None = None,
+    normalizers: Values | None = None,
+) -> Numbers:
+    """Run one float32 kernel as `_step` does; returns the rows that it did not finish."""
+    written = None if isinstance(out, np.ndarray) else out
     n = p.count if rows is None else len(rows)
     chunk, parts, part_width = (n, 1, p.width) if alone else _cut(n, p.width)
     if written is not None:  # a row is written when all of it has been read
@@ -285,7 +317,11 @@ def _step(
         lead = (*_place(p), *_place(q), *share)
         results = (states, done, redo, _address(out))
         if step.module == "one_pass":
-            runs = [(*lead, *results, _address(known), inverse, step.parameter, step.limit)]
+            # A power of the sums takes the order's multiple of an error.
+            reach = REACH_EXACTLY if exactly else REACH / max(1.0, step.parameter)
+            if step.parameter > 2.0:
+                reach = min(reach, step.limit)
+            runs = [(*lead, *results, _address(known), inverse, step.parameter, reach)]
         else:
             constants = None if normalizers is None else _constants(normalizers, p.temperature)
             phases = (0,) if parts == 1 or constants is not None else (1, 2)
@@ -294,16 +330,13 @@ def _step(
     for arguments in runs:
         space[0] = 0
         _launch(function, arguments, n * p.width * len(step.rows), alone)
-    unfinished = int(space[1])
-    if unfinished:
-        again = np.sort(space[2 : 2 + unfinished])
-        if q is None or exactly:
-            if known is not None:
-                known[again] = np.nan
-            _step_exact(step, p, q, again, out, tokens, alone, normalizers)
-        else:
-            pair = step._replace(rows="pq")
-            _step(pair, p, q, again, out, tokens, alone, True, known, normalizers)
+    return np.sort(space[2 : 2 + int(space[1])])
+
+
+#: Log-ratios up to which one_pass gives a result, and where it takes along what exponents
+#: t log2(e) are rounded by.  That is half a unit in their last place: up to 11 an error of 3.3e-7
+#: where all of Q's mass is at such an index, and as much from P's exponent; twice that up to 22.
+REACH, REACH_EXACTLY = 11.0, 60.0
 
 
 def _constants(normalizers: Values, temperature: float) -> Values:
@@ -423,33 +456,96 @@ def _steps(
     rows: Numbers | None,
     tokens: Numbers | None,
     known: Values | None = None,
+    exactly: bool = False,
 ) -> dict[Step, Values]:
     """What each step gives.
 
-    Each thread takes a few rows at a time and runs every step on them while they are in its
-    cache.  ``known`` gets the constants of the rows from the step that gives KL.
+    What ``two_phase`` can do together is one run of it. Each thread takes a few rows at a time and
+    runs every other step on them while they are in its cache.  ``known`` gets the constants of the
+    rows from the step that has them, which then runs on its own: of rows that are not cut, if it is
+    to have them ``exactly``.
     """
     spaces = {step: _empty(step, p.count) for step in steps}
     into = {step: known if step in _KNOWING else None for step in spaces}
     numbers = np.arange(p.count) if rows is None else rows
     row_bytes = p.width * (_ITEMSIZE[p.dtype] + (0 if q is None else _ITEMSIZE[q.dtype]))
     at_a_time = max(1, CACHE_BLOCK // row_bytes)
-    if len(numbers) < FEW_ROWS and p.width > PART:
+
+    def each(steps: Iterable[Step], block: Numbers, alone: bool) -> None:
+        for step in steps:
+            _step(step, p, q, block, spaces[step], tokens, alone, exactly, into[step])
+
+    if len(numbers) < FEW_ROWS and p.width > PART and not exactly:
         # Too few to give every thread rows of its own: all threads work on each row.
-        for step, space in spaces.items():
-            _step(step, p, q, rows, space, tokens, known=into[step])
-    else:
-        starts = iter(range(0, len(numbers), at_a_time))
+        each(spaces, numbers, False)
+        return spaces
+    together = _together(spaces) if q is not None and known is None and _is_fast(p, q) else {}
+    others = [step for step in spaces if step not in together]
 
-        def work() -> None:
-            for start in starts:
-                block = numbers[start : start + at_a_time]
-                for step, space in spaces.items():
-                    _step(step, p, q, block, space, tokens, alone=True, known=into[step])
+    names = _joint_names(together)
+    table = np.empty((p.count, len(names) + 3 * ("top" in names)))
 
-        blocks = -(-len(numbers) // at_a_time)
-        threads.run(work, min(get_num_threads(), blocks))
+    def joint(block: Numbers, alone: bool) -> None:
+        run = Step("two_phase", ",".join(names), "pq")
+        again = _unfinished(run, p, q, block, table, None, alone)
+        for step, name in together.items():
+            values = table[block, names.index(name) :]
+            if name == "top":
+                spaces[step][block, 0], spaces[step][block, 3] = values[
+                    :, slice(0, 2) if step.rows == "p" else slice(2, 4)
+                ].T
+            elif step.operation == "kl_both":
+                spaces[step][block] = values[:, :2]
+            else:
+                spaces[step][block] = values[:, 0]
+        if len(again):
+            each(together, again, alone)
+
+    if together and not others:
+        joint(numbers, False)
+        return spaces
+    starts = iter(range(0, len(numbers), at_a_time))
+
+    def work() -> None:
+        for start in starts:
+            block = numbers[start : start + at_a_time]
+            if together:
+                joint(block, True)
+            each(others, block, True)
+
+    blocks = -(-len(numbers) // at_a_time)
+    threads.run(work, min(get_num_threads(), blocks))
     return spaces
+
+
+#: What one run of ``two_phase`` can give together, in the order of its columns; ``top`` is last
+#: and has four.
+_COLUMNS = ("tv", "hellinger2", "js", "kl", "reverse_kl", "jeffreys", "top")
+#: The steps that have such values, and the first of them.
+_TOGETHER = {
+    **{plan_of(name, EXAMPLE.get(name, ())).steps[0]: name for name in _COLUMNS[:-1]},
+    plans_of([("kl", ()), ("reverse_kl", ())])[0].steps[0]: "kl",
+    **dict.fromkeys(plan_of("same_top", ()).steps, "top"),
+}
+
+
+def _together(steps: Iterable[Step]) -> dict[Step, str]:
+    """The steps that are better done in one run of ``two_phase``, and where their values are."""
+    found = {step: _TOGETHER[step] for step in steps if step in _TOGETHER}
+    tops = [step for step, name in found.items() if name == "top"]
+    if len(tops) == 1:
+        del found[tops[0]]
+    if len(found) < 2 or not any(step.module == "two_phase" for step in found):
+        return {}
+    return found
+
+
+def _joint_names(together: dict[Step, str]) -> tuple[str, ...]:
+    """The names of the values of such a run."""
+    wanted = set(together.values())
+    if any(step.operation == "kl_both" for step in together):
+        wanted.add("reverse_kl")
+    return tuple(name for name in _COLUMNS if name in wanted)
 
 
 def _planned(plan: Plan, spaces: dict[Step, Values], rows: Numbers | None, count: int) -> Values:
@@ -461,7 +557,7 @@ def _planned(plan: Plan, spaces: dict[Step, Values], rows: Numbers | None, count
 
 #: Steps that leave the constants of each row.
 _KNOWING = {step for both in ([("kl", ())], [("kl", ()), ("reverse_kl", ())])
-            for plan in plans_of(both) for step in plan.steps}  # fmt: skip
+            for plan in plans_of(both) for step in plan.steps} | {NORMALIZERS}  # fmt: skip
 
 
 def shard(
@@ -470,19 +566,22 @@ def shard(
     q: Rows | None,
     rows: Numbers | None,
     tokens: Numbers | None,
-    first_order: bool = False,
+    symmetric: bool = False,
 ) -> tuple[list[Values], Values | None, list[Values]]:
     """What is known of each row by itself, as of a part of a wider one.
 
     Of each batch the largest entry m as it is given, L = log sum exp((x - m)/T) and the index of
     m, three columns: NaN where the row is no distribution, -inf, 0 and -1 where all of it is -inf.
-    Of two batches Lx - Ly, as exactly as the rows are close; ``first_order`` where what it is off
-    enters a result as it is, and not as its square.  And the values of the metrics.
+    Of two batches Lx - Ly, as exactly as the rows are close; ``symmetric`` where exchanging them
+    must change nothing but its sign, and what it is off may enter a result as it is, and not as its
+    square.  And the values of the metrics.
     """
     plans = plans_of([*metrics, *([] if q is None else [("kl", ())])])
     batches = [p] if q is None else [p, q]
     single = [statistics_of(side) for side in "pq"[: len(batches)]]
-    if q is not None and not _is_fast(p, q):
+    # Exponentials of large multiples of what is known of a part.
+    powers = any(name == "log_power" and order[0] > 5.0 for name, order in metrics)
+    if q is not None and (powers or not _is_fast(p, q)):
         # Of a pair one of which needs float64, the masses of both do.
         plans = [plan._replace(steps=tuple(map(_in_float64, plan.steps))) for plan in plans]
         single = [_in_float64(step) for step in single]
@@ -493,23 +592,28 @@ def shard(
         _masses(batch, spaces[step], rows) for batch, step in zip(batches, single, strict=True)
     ]
     values = [_planned(plan, spaces, rows, p.count) for plan in plans[: len(metrics)]]
+    keep = slice(None) if rows is None else rows
+    for (name, _), found in zip(metrics, values, strict=True):
+        if name in ENTRIES:
+            found[keep] = _picked(batches[ENTRIES[name]], found[keep], rows)
     if q is None:
         return sides, None, values
+    if symmetric:
+        known[:] = np.nan
+        _steps([NORMALIZERS], p, q, rows, None, known, exactly=True)
     # The kernels' exponents are in base 2, with a rounded 1/T.
     with np.errstate(all="ignore"):  # NaN where they are not known
         a = float(np.float32(_LOG2_E / p.temperature))
         ratio = known[:, 2] - a * (sides[0][:, 0] - sides[1][:, 0])
         ratio *= _LN_2 * (_LOG2_E / p.temperature / a)
+        if not symmetric:
+            # Its error is that of E_p[exp(t) - 1], which far from 0 is more than that of two sums.
+            kl = _planned(plans[-1], spaces, rows, p.count)
+            ratio = np.where(kl < FAR, ratio, sides[0][:, 1] - sides[1][:, 1])
     numbers = np.arange(p.count) if rows is None else rows
     # The largest log(p/q) is as exact as this is.
-    exactly = ("renyi", (math.inf,)) in metrics
-    carried = np.isfinite(ratio[numbers]) & (not exactly)
-    done, left = numbers[carried], numbers[~carried]
-    if first_order and len(done):
-        normalizers = np.column_stack([sides[0][:, :2], sides[1][:, :2], ratio])
-        change = np.zeros(p.count)
-        _step(CHANGE, p, q, done, change, None, exactly=True, normalizers=normalizers)
-        ratio[done] -= change[done]
+    exactly = powers or any(name in ENTRIES for name, _ in metrics)
+    left = numbers if exactly else numbers[~np.isfinite(ratio[numbers])]
     if len(left):
         _step(LOG_RATIO, p, q, left, ratio, None)
     return sides, ratio, values
@@ -519,6 +623,15 @@ def _in_float64(step: Step) -> Step:
     return step._replace(module="exact") if step.module == "single_pass" else step
 
 
+def _picked(batch: Rows, indices: Values, rows: Numbers | None) -> Values:
+    """One entry of each row as it is given, NaN where its index is."""
+    found = np.full(len(indices), np.nan)
+    there = np.isfinite(indices)
+    numbers = (np.arange(batch.count) if rows is None else rows)[there]
+    found[there] = _entries(batch, numbers, indices[there].astype(np.int64))
+    return found
+
+
 def _masses(batch: Rows, statistics: Values, rows: Numbers | None) -> Values:
     """Largest entry, log-sum and index, of the statistics of one batch."""
     columns = np.full((batch.count, 3), np.nan)
@@ -526,10 +639,9 @@ def _masses(batch: Rows, statistics: Values, rows: Numbers | None) -> Values:
     m, S, _, k = statistics[keep, :4].T
     empty = np.isnan(m) & (S == 0.0) & (k < 0.0)
     index = np.where(np.isnan(m) & ~empty, np.nan, k)
-    largest = np.where(empty, -np.inf, np.nan)
     usable = ~np.isnan(m)
-    numbers = np.arange(batch.count)[keep][usable]
-    largest[usable] = _entries(batch, numbers, k[usable].astype(np.int64))
+    largest = _picked(batch, np.where(usable, k, np.nan), rows)
+    largest = np.where(empty, -np.inf, largest)
     log_sum = np.where(empty, 0.0, np.where(usable, np.log1p(S), np.nan))
     columns[keep] = np.stack([largest, log_sum, index], axis=-1)
     return columns
@@ -623,29 +735,33 @@ def gradient(
 ) -> None:
     """Write values, and gradients with respect to the logits times ``scale``, one a row.
 
-    Each thread takes a few rows, computes their values and then, from its cache, their gradients.
-    Rows that the float32 kernel does not take are left to the reference.
+    One kernel does ordinary rows.  Of those that it leaves each thread takes a few, computes their
+    values and then, from its cache, their gradients; what the float32 kernels do not take is left
+    to the reference.
     """
     other = p if q is None else q
     tilt = _tilt(name, parameters)
     targets = [into for into in (into_p, into_q) if into is not None]
-    fast = (
+    numbers = np.arange(p.count) if rows is None else rows
+    plan = plan_of(name, parameters)
+    run: Callable[[Numbers], Numbers | None] | None = None
+    if (
         tilt is not None
         and _is_fast(p, other)
         and all(
             into.stride == _ITEMSIZE[into.dtype] and into.dtype != "float64" for into in targets
         )
-    )
-    numbers = np.arange(p.count) if rows is None else rows
-    plan = plan_of(name, parameters)
-    left: list[Numbers] = []
-    run: Callable[[Numbers], Numbers | None] | None = None
-    if tilt is not None and fast:
-        run = _fast_gradient(tilt, plan, p, other, out, scale, into_p, into_q)
+    ):
+        fused = None if q is None else _fused_plan(name, plan)
+        if fused is not None:
+            numbers = _fused_gradient(tilt, fused, p, other, numbers, out, scale, into_p, into_q)
+        if len(numbers):
+            run = _fast_gradient(tilt, plan, p, other, out, scale, into_p, into_q)
 
     row_bytes = p.width * (_ITEMSIZE[p.dtype] + _ITEMSIZE[other.dtype])
     at_a_time = max(1, CACHE_BLOCK // row_bytes)
     blocks = iter([numbers[i : i + at_a_time] for i in range(0, len(numbers), at_a_time)])
+    left: list[Numbers] = []
 
     def work() -> None:
         with np.errstate(all="ignore"):
@@ -658,6 +774,73 @@ def gradient(
     for block in left:
         reference = import_module("klfast._reference_backend")
         reference.gradient(name, p, q, parameters, block, out, scale, into_p, into_q)
+
+
+def _fused_plan(name: str, plan: Plan) -> Plan | None:
+    """How the kernel ``fused_gradients`` gets the value; None where it does not know how."""
+    if name == "hellinger2":  # 1 - S, of order 1/2
+        return Plan((Step("one_pass", "renyi", "pq", -0.5, 40.0),), Finish.POWER, (-0.5, 1.0, 0.5))
+    step = plan.steps[0]
+    of_masses = step.module == "two_phase" and step.operation == name and name in ("js", "tv")
+    return plan if of_masses or step.module == "one_pass" else None
+
+
+def _fused_gradient(
+    tilt: Tilt,
+    plan: Plan,
+    p: Rows,
+    q: Rows,
+    rows: Numbers,
+    out: Values,
+    scale: Values,
+    into_p: Rows | None,
+    into_q: Rows | None,
+) -> Numbers:
+    """Do the ordinary rows; returns the others."""
+    if not len(rows):
+        return rows
+    (step,) = plan.steps
+    values = out if plan.finish is Finish.SAME else np.empty(p.count)
+    scales = scale[:, None] * tilt.factors
+    sides = [(p, into_p), (q, into_q)]
+    # Symmetric ones take the same dtype first whatever the order.
+    symmetric = step.module == "two_phase" or step.parameter == -0.5
+    if step.rows == "qp" or (symmetric and p.dtype > q.dtype):
+        sides.reverse()
+        scales = scales[:, ::-1] * (-1.0 if tilt.operation == "renyi" else 1.0)
+    scales = np.ascontiguousarray(scales)
+    (first, into_first), (second, into_second) = sides
+    letters = "p" * (into_first is not None) + "q" * (into_second is not None)
+    some = into_first or into_second
+    assert some is not None
+    targets = (into_first or some, into_second or some)
+    staged = any(
+        into is not None and (into.dtype != "float32" or into.address == own.address)
+        for own, into in sides
+    )
+    n, width = len(rows), p.width
+    workers = min(get_num_threads(), n, max(1, 2 * n * width // WORTH_A_THREAD))
+    # A row for each thread and side, of whole vectors.
+    spare = np.empty((workers, len(letters), -(-width // 32) * 32), np.float32) if staged else None
+    space = np.zeros(n + 3, np.int64)
+    counter = _address(space)
+    chunk = max(1, min(4, n // (4 * workers)))
+    function = _kernel(
+        "fused_gradients", tilt.operation, letters, first.dtype, second.dtype,
+        *(target.dtype for target in targets),
+    )  # fmt: skip
+    arguments = (
+        *_place(first), *_place(second), width, _address(rows), n, counter, chunk, counter + 16,
+        _address(values), _address(scales), _address(spare), *_place(targets[0]),
+        *_place(targets[1]), int(tilt.power is not None), 1.0 / p.temperature, step.parameter,
+        step.limit,
+    )  # fmt: skip
+    threads.run(functools.partial(function, *arguments), workers)
+    left = np.sort(space[3 : 3 + space[2]])
+    if plan.finish is not Finish.SAME:
+        done = rows if not len(left) else np.setdiff1d(rows, left)
+        out[done] = _finish(plan, [values[done]])
+    return left
 
 
 def _fast_gradient(
@@ -774,18 +957,21 @@ def available() -> str | None:
 def warmup(names: Sequence[str], dtypes: Sequence[str]) -> None:
     """Compile, or load from the cache, the kernels of these operations."""
     metrics = [(name, EXAMPLE.get(name, ())) for name in names]
+    floats = [dtype for dtype in dtypes if dtype != "float64"]
     # Alone, and together in ``compare``.
+    if together := _together(step for plan in plans_of(metrics) for step in plan.steps):
+        joint = ",".join(_joint_names(together))
+        for pair in itertools.product(floats, repeat=2):
+            _kernel("two_phase", joint, *pair, False)
     for plan in (*(plan_of(*metric) for metric in metrics), *plans_of(metrics)):
         for step in plan.steps:
             module = "top_k" if step.module == "top_k" else "exact"
             _kernel(module, exact_operation(step))
             if step.module in ("exact", "top_k"):
                 continue
-            for types in itertools.product(dtypes, repeat=len(step.rows)):
-                if "float64" not in types:
-                    pair = len(types) == 2
-                    for last in ((False,), (True,)) if pair else ((),):
-                        _kernel(step.module, step.operation, *types, *last)
+            for types in itertools.product(floats, repeat=len(step.rows)):
+                for last in ((False,), (True,)) if len(types) == 2 else ((),):
+                    _kernel(step.module, step.operation, *types, *last)
 
 
 def info() -> dict[str, object]:
@@ -802,20 +988,33 @@ def info() -> dict[str, object]:
 # --- 16-bit log-probabilities ------------------------------------------------------------
 
 
+def to_float32(source: NDArray[Any], out: NDArray[np.float32]) -> None:
+    """Write a float16 or bfloat16 array (n, D), of entries that lie together, as float32."""
+    rows, width = source.shape
+    counter = np.zeros(1, np.int64)
+    function = _kernel("widen", source.dtype.name)
+    chunk = max(1, AT_A_TIME // max(1, width))
+    arguments = (
+        source.ctypes.data, source.strides[0], out.ctypes.data, out.strides[0], width, rows,
+        _address(counter), chunk,
+    )  # fmt: skip
+    _launch(function, arguments, rows * width, alone=False)
+
+
 def join_floors(
     sides: Sequence[tuple[NDArray[Any], Values]], rows: Sequence[NDArray[np.float32]]
 ) -> Values:
     """Decode rows of both sides into ``rows``, with -inf where either is at its floor.
 
     Each side is its words, uint16 (n, V), or log-probabilities, float32 (n, V), of any stride
-    between rows, and four numbers a row, as kernels/cpu/floors.py has them. ``rows`` are two
-    float32 arrays (n, V or more); those of log-probabilities may be the very ones. Returns five
-    numbers a row and side, (n, 2, 5), see there.
+    between rows, and three numbers a row, as kernels/cpu/floors.py has them. ``rows`` are two
+    float32 arrays (n, V or more); those of log-probabilities may be the very ones. Returns seven
+    numbers a row and side, (n, 2, 7), see there.
     """
     (p, of_p), (q, of_q) = sides
     n, width = p.shape
     parameters = np.ascontiguousarray(np.stack([of_p, of_q], 1), np.float64)
-    results = np.empty((n, 2, 5))
+    results = np.empty((n, 2, 7))
     counter = np.zeros(1, np.int64)
     function = _kernel("floors", p.dtype.name, q.dtype.name)
     arguments = (

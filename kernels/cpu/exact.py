@@ -9,8 +9,9 @@ Every row is read tile by tile into small float64 buffers, three times or more:
    rows agree (see two_phase), with the constant c moved once or twice until it fits;
 3. the sum of non-negative terms (an *integrand*: it takes p, q and t = log(q/p)).
 
-Of a shard of a row, ``log_ratio`` gives what the second step finds, and with the normalizers of the
-whole row the third one gives the shard's share of its sum.
+Of a shard of a row, ``log_ratio`` gives what the second step finds, ``top_ratio`` the index where
+log(p/q) is largest, and with the normalizers of the whole row the third one gives the shard's share
+of its sum.
 
 All steps are symmetric in the two rows or change sign only, so that symmetric divergences
 give the same bits when the arguments are swapped.
@@ -212,6 +213,7 @@ SUMS = {
     "renyi": renyi,
     "renyi_0": mass_outside,
     "renyi_inf": log_ratio,
+    "top_ratio": log_ratio,
 }
 #: +inf where P has support that Q has not, or (both) either way round.
 INFINITE_WITHOUT_Q = {"kl", "cross_entropy", "jeffreys", "renyi_inf"}
@@ -380,6 +382,7 @@ def _build_pair(operation):
     ceiling = CEILING.get(operation, math.inf)
     order = operation == "renyi"
     exponent = log_mass_inside if operation == "renyi_0" else renyi_exponent
+    place_only = operation == "top_ratio"
     largest_only = operation == "renyi_inf"
     support = operation == "renyi_0"
 
@@ -587,6 +590,7 @@ def _build_pair(operation):
                 # 3. The sum.
                 value = 0.0
                 peak = -math.inf
+                place = -1
                 for start in range(0, width, TILE):
                     n = min(TILE, width - start)
                     stage_pair(
@@ -599,15 +603,24 @@ def _build_pair(operation):
                     for j in range(0, n, LANES64):
                         p_, q_, d, log_p, log_q = terms(x, y, t, j, off, fine, log_x, log_y)
                         term = integrand(p_, q_, d, log_p, log_q, parameter)
-                        if largest_only:
+                        if place_only:  # in place of what has been read
+                            store(x + 8 * j, term)
+                        elif largest_only:
                             m = vmax(term, m)
                         else:
                             s = s + term
                         if order or support:
                             m = vmax(exponent(p_, q_, d, log_p, log_q, parameter), m)
                     value += hsum(s)
-                    peak = max(peak, hmax(m))
+                    if place_only:
+                        peak, at, _ = tile_top(x, n, peak)
+                        if at >= 0:
+                            place = start + at
+                    else:
+                        peak = max(peak, hmax(m))
 
+                if place_only:
+                    value = place
                 if largest_only:
                     value = peak
                 if order or support:

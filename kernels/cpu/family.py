@@ -23,13 +23,18 @@ COUNT_COLUMNS = 8
 #: Samples of which the kernel ``moments`` takes mean and variance at a time.
 SAMPLES = 1 << 15
 
+#: Tables of shape (panels of rows, entries, 16).
+Panels = NDArray[np.float32]
+
 _kernel = functools.cache(kernel)
 
 
 def gaussian_kl(
     rows: Sequence[Rows], scales: Values | None, into: Sequence[NDArray[Any]]
-) -> Values:
+) -> tuple[Values, bool]:
     """KL divergence of each row; of mean and log-variance of P, and of Q unless that is standard.
+
+    And whether all of them are finite and not so small that float32 terms may be missing.
 
     ``into`` are contiguous arrays of the dtype of the rows for the gradients with respect to
     each, times ``scales``, one a row; empty for values alone.
@@ -38,44 +43,49 @@ def gaussian_kl(
     n, width = first.count, first.width
     chunk, parts, part_width = _cut(n, width)
     out = np.empty((n, parts))
-    counter = np.zeros(1, np.int64)
-    function = _kernel("gaussian", (first.dtype, len(rows) == 2, bool(into)), "q" * 20)
+    counter, doubtful = np.zeros(1, np.int64), np.zeros(1)
+    function = _kernel("gaussian", (first.dtype, len(rows) == 2, bool(into)), "q" * 21)
     places = [(each.address, each.row_stride) for each in rows] + [(0, 0)] * (4 - len(rows))
     targets = [_address(each) for each in into] + [0] * (4 - len(into))
     _launch(
         function,
         (
             *(number for place in places for number in place),
-            width, n, _address(counter), chunk, parts, part_width, _address(out), _address(scales),
+            width, n, _address(counter), chunk, parts, part_width, _address(out),
+            _address(doubtful), _address(scales),
             *targets,
         ),
         n * width * len(rows),
         alone=False,
     )  # fmt: skip
-    total: Values = out.sum(1)
-    return total
+    values: Values = out.sum(1) if parts > 1 else out[:, 0]
+    return values, not doubtful[0]
 
 
-def add_pairs(operation: str, x: NDArray[np.float32], y: NDArray[np.float32], out: Values) -> None:
-    """Add the sums of a part of the vocabulary to the values of all pairs of two tables.
+def add_pairs(
+    operation: str, x: Panels, y: Panels, shape: tuple[int, int], depth: int, out: Values
+) -> None:
+    """Add the sums over ``depth`` entries to the values of all pairs of rows of two tables.
 
-    Where both are the same table, the pairs below the diagonal are undefined.
+    ``shape`` are their numbers of rows; ``out`` has whole panels of them.  Where both are the same
+    table, the pairs below the diagonal are undefined, but for the operation "product".
     """
     counter = np.zeros(1, np.int64)
-    function = _kernel("pairwise", (operation,), "q" * 8)
+    n, m = shape
+    function = _kernel("pairwise", (operation,), "q" * 10)
     arguments = (
-        _address(x), len(x), _address(y), len(y), x.shape[1], _address(counter), _address(out),
-        int(x is y),
+        _address(x), n, _address(y), m, x.shape[1], depth, _address(counter), _address(out),
+        out.shape[1], int(x is y and operation != "product"),
     )  # fmt: skip
-    _launch(function, arguments, len(x) * len(y) * x.shape[1], alone=False)
+    _launch(function, arguments, n * m * depth, alone=False)
 
 
 def fill_tables(
     rows: Rows,
     part: slice,
     shifts: Values,
-    powers: NDArray[np.float32] | None,
-    logs: NDArray[np.float32] | None,
+    powers: Panels | None,
+    logs: Panels | None,
     own: Values,
     *,
     order: float = 1.0,
@@ -84,16 +94,20 @@ def fill_tables(
 ) -> bool:
     """Write tables of a part of the vocabulary, and add the sums of powers times logs to ``own``.
 
-    ``shifts`` are c and rest of each row. Returns whether an entry is -inf.
+    ``shifts`` are c and rest of each row, ``own`` one number; both for whole panels of rows.
+    Returns whether an entry is -inf.
     """
     counter, zeros = np.zeros(1, np.int64), np.zeros(1)
+    references, rests = shifts.astype(np.float32)
     some = powers if powers is not None else logs
     assert some is not None
-    function = _kernel("tables", (rows.dtype,), "q" * 12 + "d" * 4)
+    function = _kernel(
+        "tables", (rows.dtype, powers is not None, logs is not None), "q" * 13 + "d" * 4
+    )
     arguments = (
         rows.address, rows.row_stride, rows.count, part.start, part.stop, _address(counter),
-        _address(shifts), _address(powers), _address(logs), some.shape[1], _address(own),
-        _address(zeros), 1.0 / rows.temperature, order, factor, nothing,
+        _address(references), _address(rests), _address(powers), _address(logs), some.shape[1],
+        _address(own), _address(zeros), 1.0 / rows.temperature, order, factor, nothing,
     )  # fmt: skip
     _launch(function, arguments, 4 * some.size, alone=False)
     return bool(zeros[0])

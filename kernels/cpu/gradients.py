@@ -1,4 +1,6 @@
-"""Gradients of the divergences with respect to the logits.
+"""Gradients of the divergences with respect to the logits, of rows that need care.
+
+Ordinary rows are those of ``fused_gradients``.
 
 Everything is a multiple of p or q that vanishes where the rows agree.  In base 2, with u = log2 p,
 v = log2 q, t = v - u, tau = abs(t), M = 2**max(u, v) and h = 1 - 2**-tau, the difference
@@ -52,7 +54,7 @@ from .mathematics import (
     twice_atanh_32,
 )
 from .normalization import FAR, larger_power, normalization, subtraction
-from .rowloop import BLOCK, f32, f64, row_address, task_row
+from .rowloop import BLOCK, f32, f64, halves, row_address, task_row
 from .simd import (
     ITEMSIZE,
     LANES32,
@@ -228,12 +230,6 @@ def build(operation, sides, dtype_p, dtype_q, dtype_into_p, dtype_into_q):
         if j + LANES32 <= width:
             return load_p(x + j * size_p), load_q(y + j * size_q)
         return tail_p(x + j * size_p, width - j), tail_q(y + j * size_q, width - j)
-
-    @inline
-    def halves(x):
-        """A number, and what float32 cannot hold of it."""
-        high = f32(x)
-        return high, f32(x - f64(high))
 
     @inline
     def split(kx, ky, c):

@@ -22,9 +22,9 @@ from .simd import (
     log_split32,
     log_split64,
     pow2,
+    remainder32,
     rint,
     scalef32,
-    splat32,
     unordered,
     vabs,
     vmax,
@@ -74,9 +74,23 @@ def _power_32_portable(n):
 
 @inline
 def _power_32_scalef(n):
-    return scalef32(splat32(1.0), n)
+    return scalef32(1.0, n)
 
 
+@inline
+def _whole_32_portable(t):
+    n = rint(t)
+    return n, t - n
+
+
+@inline
+def _whole_32_scalef(t):
+    r = remainder32(t)
+    return t - r, r
+
+
+#: The whole number n that is nearest to t, and t - n, for finite t.
+whole_32 = _whole_32_scalef if HAS_SCALEF else _whole_32_portable
 #: 2**z for z <= 127: 0 far below (also at -inf), NaN at NaN; relative error 1.3e-7.
 exp2_32 = _exp2_32_scalef if HAS_SCALEF else _exp2_32_portable
 #: 2**n for whole n <= 127: 0, or next to it, far below.
@@ -94,8 +108,7 @@ def phi_32(t):
     where n = 0 the bracket is exactly 0, elsewhere nothing is lost because the result is not
     small.
     """
-    n = rint(t)
-    r = t - n
+    n, r = whole_32(t)
     p = fma(r, 0.00022250396033731293, 0.0019305298518179372)  # 1.1e-7
     p = fma(p, r, 0.013876057354467354)
     p = fma(p, r, 0.08007507514766778)
@@ -104,11 +117,27 @@ def phi_32(t):
     return fma(s, r * r * p, fma(s, r, fma(s, LOG2_E, -LOG2_E)) - t)
 
 
+#: Where ``near_phi_32`` holds: 2**t is between 1/5.7 and 5.7.
+PHI_NEAR = 2.5
+
+
+@inline
+def near_phi_32(t, z):
+    """phi_32(t)/z for z = t**2 and abs(t) <= PHI_NEAR, in two thirds of the instructions."""
+    # Even and odd powers side by side: half as long to wait.
+    even = fma(z, 1.0347294576718014e-08, 1.9085734948021127e-06)  # 2.7e-8
+    odd = fma(z, 1.5595242075505666e-07, 2.196298009948805e-05)
+    even = fma(even, z, 0.0002222130715381354)
+    odd = fma(odd, z, 0.0019236966036260128)
+    even = fma(even, z, 0.013876046054065228)
+    odd = fma(odd, z, 0.0800754725933075)
+    return fma(odd, t, fma(even, z, 0.3465735912322998))
+
+
 @inline
 def _reduced_32(t):
     """2**n and 2**r - 1 with t = n + r, for abs(t) <= 126."""
-    n = rint(t)
-    r = t - n
+    n, r = whole_32(t)
     p = fma(r, 0.0001497050398029387, 0.001337212510406971)  # 5e-9
     p = fma(p, r, 0.00961929652839899)
     p = fma(p, r, 0.055504098534584045)
@@ -135,6 +164,46 @@ def exp2_and_rest_32(tau):
 def one_minus_exp2_32(tau):
     """1 - 2**-tau without cancellation, for 0 <= tau <= 126."""
     return exp2_and_rest_32(tau)[1]
+
+
+#: The functions of z = t**2 below hold for abs(t) <= NEAR: 2**t is between 1/11 and 11.
+NEAR = 3.5
+
+# With x = t log(2)/2, half a log-ratio.  Their polynomials hold to 1e-7 each.
+
+
+@inline
+def near_cosh_32(z):
+    """(cosh(x) - 1)/z."""
+    p = fma(z, 5.332512209577089e-09, 2.4055050289462088e-06)  # 2.0e-8
+    p = fma(p, z, 0.0006011361838318408)
+    return fma(p, z, 0.06005662679672241)
+
+
+@inline
+def near_sinh_32(z):
+    """sinh(x)/t."""
+    p = fma(z, 1.2405344307353516e-07, 4.1630439227446914e-05)  # 9.3e-8
+    p = fma(p, z, 0.006938101723790169)
+    return fma(p, z, 0.3465735614299774)
+
+
+@inline
+def near_lag_32(z):
+    """(x cosh(x) - sinh(x))/(t z)."""
+    p = fma(z, 1.6438888028602605e-09, 7.145646350181778e-07)  # 2.6e-8
+    p = fma(p, z, 0.00016667046293150634)
+    return fma(p, z, 0.01387602649629116)
+
+
+@inline
+def near_js_32(z):
+    """(x sinh(x) - cosh(x) log(cosh(x)))/z."""
+    p = fma(z, -1.036074143145882e-10, 7.01186797513742e-09)  # 7.9e-8
+    p = fma(p, z, -2.773200549199828e-07)
+    p = fma(p, z, 1.2003277333860751e-05)
+    p = fma(p, z, 2.999011172732935e-08)
+    return fma(p, z, 0.060056623071432114)
 
 
 #: The s where (1 + s)/(1 - s) leaves [sqrt(1/2), sqrt(2)].
@@ -166,6 +235,16 @@ def log_ratio_32(a, b, missing):
         m = x * pow2(-e)
         log = where(apart, fma(e, LN_2, twice_atanh_32((m - 1.0) / (m + 1.0))), log)
     return log
+
+
+@inline
+def log1p_32(g):
+    """log(1 + g) for 0 <= g <= 1/4; 1e-8."""
+    p = fma(g, -0.10168222337961197, 0.18768173456192017)
+    p = fma(p, g, -0.2490830421447754)
+    p = fma(p, g, 0.3333164155483246)
+    p = fma(p, g, -0.49999991059303284)
+    return g * fma(p, g, 1.0)
 
 
 # --- float64 ---------------------------------------------------------------------------

@@ -17,6 +17,14 @@ is carried along where that is asked for.  Moving references
 by f = 2**hx, g = 2**hy changes (S, D) into ((f+g) S + (g-f) D, (f+g) D + (g-f) S)/2, where g - f is
 taken as an odd function of hy - hx.  The sum H of M h bounds the rounding error of D.  Every
 quantity is symmetric in the two rows or changes its sign only, operation by operation.
+
+Near form.  Where all abs(t) of a block are at most NEAR, one exponential is enough, that of the
+geometric mean g = 2**((u + v)/2): with x = t log(2)/2,
+
+    2**u + 2**v = 2 g cosh(x),   2**v - 2**u = 2 g sinh(x),
+
+and cosh and sinh are polynomials in t**2.  A block is tried in this form as long as the one before
+it was near, and is done again if it turns out not to be; -inf is never near.
 """
 
 from __future__ import annotations
@@ -24,7 +32,16 @@ from __future__ import annotations
 import functools
 import math
 
-from .mathematics import LN_2, exp2_32, inline, one_minus_exp2_32, power_32
+from .mathematics import (
+    LN_2,
+    NEAR,
+    exp2_32,
+    inline,
+    near_cosh_32,
+    near_sinh_32,
+    one_minus_exp2_32,
+    power_32,
+)
 from .rowloop import BLOCK, TILE, ahead, f32, f64, passes
 from .simd import (
     ITEMSIZE,
@@ -52,6 +69,14 @@ from .simd import (
 FAR = 126.0
 
 
+@inline
+def exact_subtraction(p, q):
+    """q - p, and what its rounding lost: NaN where that is infinite or NaN."""
+    d = q - p
+    back = d - q
+    return d, (q - (d - back)) - (p + back)
+
+
 @functools.cache
 def subtraction(exactly):
     """An inlined ``difference(p, q)``: q - p, and what its rounding lost (0 where that is inf).
@@ -62,11 +87,9 @@ def subtraction(exactly):
 
     @inline
     def difference(p, q):
-        d = q - p
         if not exactly:
-            return d, splat32(0.0)
-        back = d - q
-        lost = (q - (d - back)) - (p + back)
+            return q - p, splat32(0.0)
+        d, lost = exact_subtraction(p, q)
         return d, where(unordered(lost, lost), 0.0, lost)
 
     return difference
@@ -77,7 +100,7 @@ def power(exactly):
     """An inlined ``power(p, a, k, rest)``: 2**(a p + k + rest), for a small ``rest``.
 
     A rounded exponent of -33 alone makes an error of 1.3e-6.  ``exactly`` takes the whole number n
-    off before anything is rounded: k - n has no more bits than k.
+    off before anything is rounded, and takes along what k - n is rounded by.
     """
 
     @inline
@@ -87,7 +110,8 @@ def power(exactly):
     @inline
     def careful(p, a, k, rest):
         n = vmax(rint(fma(p, a, k)), -200.0)
-        return exp2_32(fma(p, a, k - n) + rest) * power_32(n)
+        left = k - n
+        return exp2_32(fma(p, a, left) + ((k - (left + n)) + rest)) * power_32(n)
 
     return careful if exactly else plain
 
@@ -131,11 +155,24 @@ def rounding(exactly):
     return rounded
 
 
+@inline
+def geometric_mean(p, q, half, kx, ky):
+    """2**((u + v)/2) with u/2 = half p + kx and v/2 = half q + ky."""
+    return exp2_32(fma(p, half, kx) + fma(q, half, ky))
+
+
+@inline
+def all_near(high, s):
+    """Whether the largest t**2 says that all were near, and no NaN has got into a sum."""
+    return not hany((high > NEAR * NEAR) | unordered(s, s))
+
+
 @functools.cache
-def normalization(dtype_p, dtype_q, difference, larger):
+def normalization(dtype_p, dtype_q, difference, larger, near=False):
     """``first`` (the sums of a part of a row pair), ``merge`` of two parts, ``normalizers``.
 
-    ``difference`` and ``larger`` are what ``subtraction`` and ``larger_power`` give.
+    ``difference`` and ``larger`` are what ``subtraction`` and ``larger_power`` give; ``near`` says
+    whether near blocks take the near form, which does not subtract exactly.
     """
     load_p, load_q = loader(dtype_p, f32v), loader(dtype_q, f32v)
     tail_p, tail_q = tail_loader(dtype_p, f32v), tail_loader(dtype_q, f32v)
@@ -163,18 +200,47 @@ def normalization(dtype_p, dtype_q, difference, larger):
         return rx, ry, a[2] + b[2], a[3] + b[3], a[4] + b[4]
 
     @inline
-    def step(p, q, a, rx, ry, c, S, D, H, bad):
-        d, lost = difference(p, q)
-        t = fma(lost, a, fma(d, a, c))
-        h = one_minus_exp2_32(vmin(vabs(t), FAR))  # a NaN from -inf - -inf becomes FAR
-        m = larger(p, rx, 0.0, q, ry, 0.0, a)
+    def step(p, q, a, rx, ry, c, S, D, H, high, bad):
+        if near:
+            t = fma(q - p, a, c)
+            m = exp2_32(vmax(fma(p, a, rx), fma(q, a, ry)))
+        else:
+            d, lost = difference(p, q)
+            t = fma(lost, a, fma(d, a, c))
+            m = larger(p, rx, 0.0, q, ry, 0.0, a)
+        tau = vmin(vabs(t), FAR)  # a NaN from -inf - -inf becomes FAR
+        mh = m * one_minus_exp2_32(tau)
         bad = bad | unordered(p, q)
-        mh = m * h
-        return S + m, D + copysign(mh, t), H + mh, bad
+        return S + m, D + copysign(mh, t), H + mh, vmax(tau, high), bad
 
     @inline
-    def sums(x, y, start, stop, a, rx, ry, c):
-        """(sum M, D, H, any NaN) of [start, stop)."""
+    def near_block(x, y, start, stop, a, rx, ry, c):
+        """(S, D, H) in halves of a block of whole vectors, and whether it was near."""
+        half = f32(0.5) * a
+        kx = f32(0.5) * rx
+        ky = f32(0.5) * ry
+        s = splat32(0.0)
+        d = s
+        h = s
+        high = s
+        for j in range(start, stop, LANES32):
+            ahead_p(x, j)
+            ahead_q(y, j)
+            p = load_p(x + j * size_p)
+            q = load_q(y + j * size_q)
+            t = fma(q - p, a, c)
+            z = t * t
+            high = vmax(z, high)
+            g = geometric_mean(p, q, half, kx, ky)
+            s = fma(g, fma(z, near_cosh_32(z), 1.0), s)
+            w = g * t * near_sinh_32(z)
+            d = d + w
+            h = h + vabs(w)
+        return s, d, h, all_near(high, s)
+
+    @inline
+    def sums(x, y, start, stop, a, rx, ry, c, close):
+        """(S, D, H, any NaN) of [start, stop), and whether the last block was near."""
         zero = splat32(0.0)
         S = splat64(0.0)
         D = S
@@ -182,32 +248,46 @@ def normalization(dtype_p, dtype_q, difference, larger):
         bad = lane_is(zero, -1)
         full = start + (stop - start) // LANES32 * LANES32
         j = start
-        while j < stop:
+        while j < full:
             last = min(full, j + BLOCK)
+            if near and close:
+                s, d, h, close = near_block(x, y, j, last, a, rx, ry, c)
+                if close:
+                    S = S + 2.0 * fold64(s)
+                    D = D + 2.0 * fold64(d)
+                    H = H + 2.0 * fold64(h)
+                    j = last
+                    continue
             s = zero
             d = zero
             h = zero
+            high = zero
             while j < last:
                 ahead_p(x, j)
                 ahead_q(y, j)
-                s, d, h, bad = step(
-                    load_p(x + j * size_p), load_q(y + j * size_q), a, rx, ry, c, s, d, h, bad
-                )
+                s, d, h, high, bad = step(
+                    load_p(x + j * size_p), load_q(y + j * size_q),
+                    a, rx, ry, c, s, d, h, high, bad,
+                )  # fmt: skip
                 j += LANES32
-            if full == j < stop:
-                p = tail_p(x + j * size_p, stop - j)
-                q = tail_q(y + j * size_q, stop - j)
-                s, d, h, bad = step(p, q, a, rx, ry, c, s, d, h, bad)
-                j += LANES32
-            S = S + fold64(s)
+            close = not hany(high > NEAR)
+            S = S + (2.0 * fold64(s) - fold64(h))
             D = D + fold64(d)
             H = H + fold64(h)
-        return hsum(S), hsum(D), hsum(H), hany(bad)
+        if full < stop:
+            p = tail_p(x + full * size_p, stop - full)
+            q = tail_q(y + full * size_q, stop - full)
+            s, d, h, _, bad = step(p, q, a, rx, ry, c, zero, zero, zero, zero, bad)
+            S = S + (2.0 * fold64(s) - fold64(h))
+            D = D + fold64(d)
+            H = H + fold64(h)
+        return hsum(S), hsum(D), hsum(H), hany(bad), close
 
     @inline
     def first(x, y, start, stop, a):
         """The sums of [start, stop) and their references; S is NaN where they cannot be had."""
         state = (0.0, 0.0, 0.0, 0.0, 0.0)
+        close = True
         j = start
         while j < stop:
             tile_stop = min(j + TILE, stop)
@@ -227,10 +307,12 @@ def normalization(dtype_p, dtype_q, difference, larger):
             elif rx < state[0] or ry < state[1]:
                 state = moved(state, min(rx, state[0]), min(ry, state[1]))
             rx, ry, S, D, H = state
-            s, d, h, bad = sums(x, y, j, tile_stop, f32(a), f32(rx), f32(ry), f32(ry - rx))
+            s, d, h, bad, close = sums(
+                x, y, j, tile_stop, f32(a), f32(rx), f32(ry), f32(ry - rx), close
+            )
             if bad:
                 return rx, ry, math.nan, D, H
-            state = (rx, ry, S + (2.0 * s - h), D + d, H + h)
+            state = (rx, ry, S + s, D + d, H + h)
             j = tile_stop
         return state
 

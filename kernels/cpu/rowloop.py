@@ -14,12 +14,16 @@ from .simd import (
     f32v,
     first_lane,
     hany,
+    high64,
     hmax,
     loader,
+    low64,
     peek_i64,
     prefetch,
     splat32,
+    splat64,
     tail_loader,
+    transpose,
     vmax,
 )
 
@@ -80,6 +84,13 @@ f32 = _rounding(types.float32)
 f64 = _rounding(types.float64)
 
 
+@inline
+def halves(x):
+    """A float64 number in float32, and what that cannot hold of it."""
+    high = f32(x)
+    return high, f32(x - f64(high))
+
+
 @functools.cache
 def passes(dtype):
     """The passes over one array of ``dtype`` that look for its largest entry.
@@ -121,6 +132,25 @@ def passes(dtype):
         return start
 
     return tile_max, find
+
+
+_load = loader("float32", f32v)
+
+
+@inline
+def lane_sums(rows, columns):
+    """The sums of the lanes of 16 float32 vectors in memory, as two float64 vectors.
+
+    ``columns`` is memory for as many vectors: transposed, they are added without a shuffle each.
+    """
+    transpose(rows, columns)
+    low = splat64(0.0)
+    high = low
+    for i in range(LANES32):
+        column = _load(columns + 4 * LANES32 * i)
+        low = low + low64(column)
+        high = high + high64(column)
+    return low, high
 
 
 @functools.cache

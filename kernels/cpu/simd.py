@@ -67,21 +67,56 @@ class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
 
 f32v = Vector(types.float32, LANES32)
 f64v = Vector(types.float64, LANES64)
+#: Two float32 vectors at once, where there are registers for that.  Long chains of operations that
+#: wait for each other fill a processor's scheduler: with two of them, instruction by instruction,
+#: it finds twice as much to do.
+f32w = Vector(types.float32, 2 * LANES32) if HAS_AVX512 else f32v
+LANES32W = f32w.lanes
 mask32 = Vector(types.boolean, LANES32)
 mask64 = Vector(types.boolean, LANES64)
-_MASK = {f32v: mask32, f64v: mask64}
-_INT = {f32v: ir.VectorType(ir.IntType(32), LANES32), f64v: ir.VectorType(ir.IntType(64), LANES64)}
+_MASK = {ty: Vector(types.boolean, ty.lanes) for ty in (f32v, f64v, f32w)}
+_INT = {ty: ir.VectorType(ir.IntType(ty.element.bitwidth), ty.lanes) for ty in (f32v, f64v, f32w)}
 
 
 def _constant(ty: Vector, value: float) -> ir.Constant:
     return ir.Constant(ty.llvm, [value] * ty.lanes)
 
 
-def _splat(builder: ir.IRBuilder, scalar: ir.Value, ty: Vector) -> ir.Value:
+def _lanes(builder: ir.IRBuilder, vector: ir.Value, start: int, count: int) -> ir.Value:
+    numbers = ir.Constant(ir.VectorType(ir.IntType(32), count), list(range(start, start + count)))
+    return builder.shuffle_vector(vector, vector, numbers)
+
+
+def _joined(builder: ir.IRBuilder, low: ir.Value, high: ir.Value) -> ir.Value:
+    lanes = 2 * low.type.count
+    numbers = ir.Constant(ir.VectorType(ir.IntType(32), lanes), list(range(lanes)))
+    return builder.shuffle_vector(low, high, numbers)
+
+
+def _by_register(builder: ir.IRBuilder, emit: Any, *vectors: ir.Value) -> ir.Value:
+    """What an instruction of one register gives of float32 vectors of one or two."""
+    if vectors[0].type.count == LANES32:
+        return emit(*vectors)
+    parts = [
+        emit(*(_lanes(builder, vector, start, LANES32) for vector in vectors))
+        for start in (0, LANES32)
+    ]
+    return _joined(builder, *parts)
+
+
+def spread(builder: ir.IRBuilder, scalar: ir.Value, ty: Vector) -> ir.Value:
+    """Emit code that puts a number into every lane."""
     undef = ir.Constant(ty.llvm, ir.Undefined)
     first = builder.insert_element(undef, scalar, ir.Constant(ir.IntType(32), 0))
     zeros = ir.Constant(ir.VectorType(ir.IntType(32), ty.lanes), [0] * ty.lanes)
-    vector = builder.shuffle_vector(first, undef, zeros)
+    return builder.shuffle_vector(first, undef, zeros)
+
+
+def _splat(builder: ir.IRBuilder, scalar: ir.Value, ty: Vector) -> ir.Value:
+    if ty.lanes * ty.element.bitwidth > 512:
+        half = _splat(builder, scalar, Vector(ty.element, ty.lanes // 2))
+        return _joined(builder, half, half)
+    vector = spread(builder, scalar, ty)
     if HAS_AVX512 and ty.element in (types.float32, types.float64):
         # An empty piece of assembly that LLVM cannot look into.  Without it every use of a
         # constant in a loop is turned back into a load from the constant pool, at an address
@@ -166,7 +201,7 @@ def _mask_binary(op: Any, emit: Any) -> None:
     @infer_global(op)
     class Typing(AbstractTemplate):  # type: ignore[misc]
         def generic(self, args: tuple[types.Type, ...], kws: Any) -> Any:
-            if len(args) == 2 and args[0] == args[1] and args[0] in (mask32, mask64):
+            if len(args) == 2 and args[0] == args[1] and args[0] in _MASK.values():
                 return signature(args[0], *args)
             return None
 
@@ -180,7 +215,7 @@ _mask_binary(operator.or_, lambda b, x, y: b.or_(x, y))
 @infer_global(operator.invert)
 class _InvertTyping(AbstractTemplate):  # type: ignore[misc]
     def generic(self, args: tuple[types.Type, ...], kws: Any) -> Any:
-        return signature(args[0], args[0]) if args[0] in (mask32, mask64) else None
+        return signature(args[0], args[0]) if args[0] in _MASK.values() else None
 
 
 @lower_builtin(operator.invert, Vector)
@@ -199,6 +234,16 @@ def splat32(typingctx, x):
         return _as_vector(context, builder, args[0], sig.args[0], f32v)
 
     return f32v(x), codegen
+
+
+@intrinsic
+def splat32w(typingctx, x):
+    """The number ``x`` in every lane of a wide float32 vector."""
+
+    def codegen(context, builder, sig, args):
+        return _as_vector(context, builder, args[0], sig.args[0], f32w)
+
+    return f32w(x), codegen
 
 
 @intrinsic
@@ -300,23 +345,37 @@ def scalef32(typingctx, a, n):
     """``a * 2**floor(n)`` of float32 vectors (where HAS_SCALEF)."""
 
     def codegen(context, builder, sig, args):
-        i16, i32 = ir.IntType(16), ir.IntType(32)
-        name = "llvm.x86.avx512.mask.scalef.ps.512"
-        return _call(builder, name, [*args, args[0], i16(0xFFFF), i32(4)])
+        def emit(x, y):
+            i16, i32 = ir.IntType(16), ir.IntType(32)
+            name = "llvm.x86.avx512.mask.scalef.ps.512"
+            return _call(builder, name, [x, y, x, i16(0xFFFF), i32(4)])
 
-    return f32v(a, n), codegen
+        return _by_register(
+            builder, emit, _as_vector(context, builder, args[0], sig.args[0], n), args[1]
+        )
+
+    return n(a, n), codegen
 
 
-@intrinsic
-def fraction32(typingctx, x):
-    """``x - floor(x)`` of a float32 vector, 0 at infinity (where HAS_SCALEF)."""
+def _fraction(rounding):
+    @intrinsic
+    def fraction(typingctx, x):
+        def codegen(context, builder, sig, args):
+            def emit(y):
+                i16, i32 = ir.IntType(16), ir.IntType(32)
+                name = "llvm.x86.avx512.mask.reduce.ps.512"
+                return _call(builder, name, [y, i32(8 + rounding), y, i16(0xFFFF), i32(4)])
 
-    def codegen(context, builder, sig, args):
-        i16, i32 = ir.IntType(16), ir.IntType(32)
-        name = "llvm.x86.avx512.mask.reduce.ps.512"
-        return _call(builder, name, [args[0], i32(9), args[0], i16(0xFFFF), i32(4)])
+            return _by_register(builder, emit, args[0])
 
-    return f32v(x), codegen
+        return x(x), codegen
+
+    return fraction
+
+
+#: ``x - floor(x)`` and ``x - rint(x)`` of a float32 vector, 0 at infinity (where HAS_SCALEF).
+fraction32 = _fraction(1)
+remainder32 = _fraction(0)
 
 
 @intrinsic
@@ -334,6 +393,26 @@ def pow2(typingctx, n):
         return builder.bitcast(i, n.llvm)
 
     return n(n), codegen
+
+
+@intrinsic
+def rounded32(typingctx, t, factor):
+    """``n``, which is ``t * factor`` rounded to a whole number, and ``2.0 ** n``.
+
+    For n in the normal exponent range; three instructions, where each by itself takes two or three.
+    """
+
+    def codegen(context, builder, sig, args):
+        ity = _INT[f32v]
+        # As in pow2: the whole number goes into the low bits.
+        magic = _splat(builder, ir.Constant(ir.FloatType(), 1.5 * 2.0**23 + 127), f32v)
+        scale = _as_vector(context, builder, args[1], sig.args[1], f32v)
+        biased = _call(builder, "llvm.fma.v16f32", [args[0], scale, magic])
+        bits = builder.shl(builder.bitcast(biased, ity), ir.Constant(ity, [23] * LANES32))
+        results = (builder.fsub(biased, magic), builder.bitcast(bits, f32v.llvm))
+        return context.make_tuple(builder, sig.return_type, results)
+
+    return types.UniTuple(f32v, 2)(t, factor), codegen
 
 
 def _log_split(root, mantissa):
@@ -379,18 +458,33 @@ hsum = _reduction("fadd", True)
 hmax = _reduction("fmax", False)
 
 
+def _widened(builder, vector, start):
+    """Emit LANES64 lanes of a float32 vector, from ``start`` on, in float64."""
+    return builder.fpext(_lanes(builder, vector, start, LANES64), f64v.llvm)
+
+
+def _widening(start):
+    @intrinsic
+    def widen(typingctx, a):
+        def codegen(context, builder, sig, args):
+            return _widened(builder, args[0], start)
+
+        return f64v(a), codegen
+
+    return widen
+
+
+#: The first and the second half of a float32 vector, in float64.
+low64, high64 = _widening(0), _widening(LANES64)
+
+
 @intrinsic
 def fold64(typingctx, a):
-    """A float32 vector as a float64 vector of half as many sums of two lanes."""
+    """A float32 vector as a float64 vector of sums of two lanes, or of four of a wide one."""
 
     def codegen(context, builder, sig, args):
-        i32, half = ir.IntType(32), a.lanes // 2
-        parts = []
-        for start in (0, half):
-            lanes = ir.Constant(ir.VectorType(i32, half), list(range(start, start + half)))
-            part = builder.shuffle_vector(args[0], args[0], lanes)
-            parts.append(builder.fpext(part, f64v.llvm))
-        return builder.fadd(*parts)
+        parts = [_widened(builder, args[0], i) for i in range(0, a.lanes, LANES64)]
+        return functools.reduce(builder.fadd, parts)
 
     return f64v(a), codegen
 
@@ -518,15 +612,84 @@ def tail_loader(dtype, ty):
 
 
 @intrinsic
+def transpose(typingctx, source, target):
+    """Write the 16 x 16 float32 matrix at ``source`` to ``target`` with rows as columns."""
+
+    def codegen(context, builder, sig, args):
+        i32 = ir.IntType(32)
+        pointers = [builder.inttoptr(each, f32v.llvm.as_pointer()) for each in args]
+
+        def row(pointer, i):
+            return builder.gep(pointer, [i32(i)])
+
+        rows = [builder.load(row(pointers[0], i), align=4) for i in range(LANES32)]
+        # Blocks off the diagonal change places: of 8 x 8 entries, within them of 4 x 4, and so on.
+        for size in (8, 4, 2, 1):
+            masks = [
+                ir.Constant(ir.VectorType(i32, LANES32), lanes)
+                for lanes in (
+                    [LANES32 + j - size if j & size else j for j in range(LANES32)],
+                    [LANES32 + j if j & size else j + size for j in range(LANES32)],
+                )
+            ]
+            for i in range(LANES32):
+                if not i & size:
+                    pair = rows[i], rows[i + size]
+                    rows[i], rows[i + size] = (builder.shuffle_vector(*pair, m) for m in masks)
+        for i, each in enumerate(rows):
+            builder.store(each, row(pointers[1], i), align=4)
+        return context.get_dummy_value()
+
+    return types.void(source, target), codegen
+
+
+def add_widened(builder, address, vector):
+    """Emit code that adds the lanes of a float32 vector to as many float64 at an address."""
+    pointer = builder.inttoptr(address, f64v.llvm.as_pointer())
+    for part in range(2):
+        place = builder.gep(pointer, [ir.IntType(32)(part)])
+        added = _widened(builder, vector, part * LANES64)
+        total = builder.fadd(builder.load(place, align=8), added)
+        builder.store(total, place, align=8)
+
+
+@intrinsic
+def add64(typingctx, address, vector):
+    """Add the lanes of a float32 vector to as many float64 that follow each other in memory."""
+
+    def codegen(context, builder, sig, args):
+        add_widened(builder, *args)
+        return context.get_dummy_value()
+
+    return types.void(address, vector), codegen
+
+
+@intrinsic
+def repeat32(typingctx, address):
+    """The float32 at an address, in every lane."""
+
+    def codegen(context, builder, sig, args):
+        pointer = builder.inttoptr(args[0], ir.FloatType().as_pointer())
+        return spread(builder, builder.load(pointer, align=4), f32v)
+
+    return f32v(address), codegen
+
+
+def ask_for(builder: ir.IRBuilder, address: ir.Value) -> None:
+    """Emit the request of a cache line."""
+    i32 = ir.IntType(32)
+    pointer = builder.inttoptr(address, ir.IntType(8).as_pointer())
+    fnty = ir.FunctionType(ir.VoidType(), [pointer.type, i32, i32, i32])
+    fn = cgutils.get_or_insert_function(builder.module, fnty, "llvm.prefetch.p0")
+    builder.call(fn, [pointer, i32(0), i32(3), i32(1)])
+
+
+@intrinsic
 def prefetch(typingctx, address):
     """Ask for the cache line at an address; one outside the array is harmless."""
 
     def codegen(context, builder, sig, args):
-        i32 = ir.IntType(32)
-        pointer = builder.inttoptr(args[0], ir.IntType(8).as_pointer())
-        fnty = ir.FunctionType(ir.VoidType(), [pointer.type, i32, i32, i32])
-        fn = cgutils.get_or_insert_function(builder.module, fnty, "llvm.prefetch.p0")
-        builder.call(fn, [pointer, i32(0), i32(3), i32(1)])
+        ask_for(builder, args[0])
         return context.get_dummy_value()
 
     return types.void(address), codegen

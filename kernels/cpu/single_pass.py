@@ -208,12 +208,13 @@ def build(operation, dtype):
                     )  # fmt: skip
                     continue
                 at = out + row * (8 * STATISTICS)
-                poke_f64(at, m)
+                # Not m, whose factor a is rounded: a result of 1e5 would be off by 1e-3.
+                top = get(x, int(k)) if m == m else math.nan
+                poke_f64(at, top * inverse_temperature)
                 poke_f64(at + 8, S)
                 poke_f64(at + 16, U)
                 poke_f64(at + 24, k)
                 if tokens != 0:
-                    top = get(x, int(k)) if m == m else math.nan
                     token = get(x, peek_i64(tokens + 8 * row))
                     poke_f64(at + 32, (token - top) * inverse_temperature)
 

@@ -17,10 +17,34 @@ Entries that are -inf in both rows have M = 0 and contribute nothing.
 
 from __future__ import annotations
 
+import functools
 import math
 
-from .mathematics import LN_2, LOG2_E, exp2_32, inline, one_minus_exp2_32
-from .normalization import FAR, larger_power, normalization, rounding, subtraction
+from .mathematics import (
+    LN_2,
+    LOG2_E,
+    NEAR,
+    exp2_32,
+    exp2_and_rest_32,
+    exp2_near_0,
+    inline,
+    log1p_32,
+    near_cosh_32,
+    near_js_32,
+    near_lag_32,
+    near_sinh_32,
+    one_minus_exp2_32,
+    phi_32,
+)
+from .normalization import (
+    FAR,
+    all_near,
+    geometric_mean,
+    larger_power,
+    normalization,
+    rounding,
+    subtraction,
+)
 from .rowloop import (
     BLOCK,
     TILE,
@@ -28,6 +52,7 @@ from .rowloop import (
     comparison,
     f32,
     f64,
+    passes,
     row_address,
     task_row,
 )
@@ -81,12 +106,7 @@ def k_js(tau):
     apart = tau > 2.0
     if hany(apart):
         g = exp2_32(-tau)
-        log1p = fma(g, -0.10168222337961197, 0.18768173456192017)  # g <= 1/4: 1e-8
-        log1p = fma(log1p, g, -0.2490830421447754)
-        log1p = fma(log1p, g, 0.3333164155483246)
-        log1p = fma(log1p, g, -0.49999991059303284)
-        log1p = g * fma(log1p, g, 1.0)
-        far = fma(1.0 + g, fma(log1p, -0.5, 0.5 * LN_2), g * tau * (-0.5 * LN_2))
+        far = fma(1.0 + g, fma(log1p_32(g), -0.5, 0.5 * LN_2), g * tau * (-0.5 * LN_2))
         k = where(apart, far, k)
     return k
 
@@ -104,93 +124,245 @@ def k_hellinger2(tau):
     return r * r * 0.5
 
 
-@inline
-def k_jeffreys(tau):
-    """(1 - exp(-tau)) tau."""
-    return one_minus_exp2_32(tau) * tau * LN_2
-
-
 #: Rounding must not carry a result beyond what it can be.
 CEILING = {"js": LN_2, "tv": 1.0, "hellinger2": 1.0}
-INTEGRANDS = {"js": k_js, "tv": k_tv, "hellinger2": k_hellinger2, "jeffreys": k_jeffreys}
+INTEGRANDS = {"tv": k_tv, "hellinger2": k_hellinger2, "js": k_js}
+#: The sums that ``second`` gives.
+SUMS = ("tv", "hellinger2", "js", "kl", "reverse_kl", "jeffreys")
+TV = SUMS.index("tv")
+#: Infinite where one row alone has -inf.
+UNBOUNDED = ("kl", "reverse_kl", "jeffreys")
+
+
+@inline
+def both_kl(m, tau):
+    """Terms of the KL divergence from the smaller to the larger, and back, over log 2.
+
+    With phi(t) = (2**t - 1)/log 2 - t they are m 2**-tau phi(tau) and m phi(-tau); their sum is
+    m tau (1 - 2**-tau).
+    """
+    g, h = exp2_and_rest_32(tau)
+    back = phi_32(-tau)
+    there = where(tau > 4.0, fma(tau, -g, h * LOG2_E), fma(tau, h, -back))
+    return m * there, m * back
+
+
+@functools.cache
+def terms(names, difference, larger, exactly):
+    """What the sums of a row are made of.
+
+    The five sums are of total variation, Hellinger, Jensen-Shannon, KL and reverse KL, as far as
+    ``names`` asks for them; any other of INTEGRANDS stands in the place of total variation and has
+    no near form.  ``step`` adds those of a vector of entries, whatever it is.
+    ``near_step`` adds those of near entries, from their geometric mean g and t; the last two of
+    its sums are instead those of g t sinh(x) and of g t lag, t lag = x cosh(x) - sinh(x), from
+    which ``near_sums`` makes those of both KL: p phi(t) = 2 g (x sinh(x) - t lag).
+    """
+    tv, hellinger, js = "tv" in names, "hellinger2" in names, "js" in names
+    kl = any(name in names for name in UNBOUNDED)
+    other = None if names[0] in SUMS else INTEGRANDS[names[0]]
+
+    @inline
+    def step(p, q, a, constants, sums, high):
+        kx0, ky0, c0, kx1, ky1, c1 = constants
+        V, H, J, A, B = sums
+        m = larger(p, kx0, kx1, q, ky0, ky1, a)
+        if exactly:
+            d, lost = difference(p, q)
+            t = fma(d, a, c0) + fma(lost, a, c1)
+        else:
+            t = fma(q - p, a, c0) + c1
+        high = vmax(vabs(t), high)
+        tau = vmin(vabs(t), FAR)  # a NaN from -inf - -inf becomes FAR
+        if other is not None:
+            V = V + m * other(tau)
+        if tv:
+            V = V + m * k_tv(tau)
+        if hellinger:
+            H = H + m * k_hellinger2(tau)
+        if js:
+            J = J + m * k_js(tau)
+        if kl:
+            there, back = both_kl(m, tau)
+            larger_q = t > 0.0
+            A = A + where(larger_q, there, back)
+            B = B + where(larger_q, back, there)
+        return (V, H, J, A, B), high
+
+    @inline
+    def near_step(g, t, z, sums):
+        V, H, J, E, U = sums
+        if tv or kl:
+            gt = g * t
+            w = gt * near_sinh_32(z)
+        if tv:
+            V = V + vabs(w)
+        if kl:
+            E = fma(w, t, E)
+            U = fma(gt * z, near_lag_32(z), U)
+        if hellinger:
+            H = fma(g * z, near_cosh_32(z), H)
+        if js:
+            J = fma(g * z, near_js_32(z), J)
+        return V, H, J, E, U
+
+    @inline
+    def totals(sums):
+        V, H, J, A, B = sums
+        return fold64(V), fold64(H), fold64(J), LN_2 * fold64(A), LN_2 * fold64(B)
+
+    @inline
+    def near_totals(sums):
+        V, H, J, E, U = sums
+        even = LN_2 * fold64(E)
+        odd = 2.0 * fold64(U)
+        return fold64(V), fold64(H), fold64(J), even - odd, even + odd
+
+    return step, near_step, totals, near_totals
+
+
+@inline
+def added(sums, others, factor):
+    """Five sums and others times a factor."""
+    return (
+        sums[0] + factor * others[0], sums[1] + factor * others[1], sums[2] + factor * others[2],
+        sums[3] + factor * others[3], sums[4] + factor * others[4],
+    )  # fmt: skip
+
+
+@functools.cache
+def first_top(dtype):
+    """An inlined ``first_top(row, width)``: the largest entry of a row and its first index."""
+    tile_max, find = passes(dtype)
+
+    @inline
+    def largest(row, width):
+        top = -math.inf
+        found = 0
+        for start in range(0, width, TILE):
+            m = f64(tile_max(row, start, min(start + TILE, width)))
+            if m > top:
+                top = m
+                found = start
+        return top, find(row, found, min(found + TILE, width), f32(top))
+
+    return largest
 
 
 def build(operation, dtype_p, dtype_q, exactly):
-    """``exactly`` carries along what the subtraction y - x rounds off.
+    """Kernel of one operation, or of several, joined by commas, of uncut rows.
 
-    ``change`` is the sum of q - p, which is 0 for the right normalizers; they must be given.
+    There is a column of results for each.  ``top``, which comes last, has four: the largest entry
+    of P and its first index, and those of Q.  ``exactly`` carries along what the subtraction
+    y - x rounds off.
     """
-    signed = operation == "change"
-    k = k_tv if signed else INTEGRANDS[operation]
-    ceiling = CEILING.get(operation, math.inf)
-    unbounded = operation == "jeffreys"
+    names = operation.split(",")
+    top = names[-1] == "top"
+    which = tuple(SUMS.index(name) if name in SUMS else TV for name in names[: len(names) - top])
+    measures = len(which)
+    columns = measures + 4 * top
+    ceilings = tuple(CEILING.get(name, math.inf) for name in names)
+    unbounded = any(name in names for name in UNBOUNDED)
     first_order = operation == "tv"
+    near = not exactly and names[0] in SUMS
     load_p, load_q = loader(dtype_p, f32v), loader(dtype_q, f32v)
     tail_p, tail_q = tail_loader(dtype_p, f32v), tail_loader(dtype_q, f32v)
     difference, larger = subtraction(exactly), larger_power(exactly)
-    first, merge, normalizers = normalization(dtype_p, dtype_q, difference, larger)
+    first, merge, normalizers = normalization(dtype_p, dtype_q, difference, larger, near)
+    measured, near_step, totals, near_totals = terms(tuple(names), difference, larger, exactly)
     rounded = rounding(exactly)
     size_p, size_q = ITEMSIZE[dtype_p], ITEMSIZE[dtype_q]
     differ = comparison(dtype_p, dtype_q)
+    first_top_p, first_top_q = first_top(dtype_p), first_top(dtype_q)
 
     @inline
-    def measured(m, t):
-        return m * k(vmin(vabs(t), FAR))
-
-    @inline
-    def changed(m, t):
+    def changed(p, q, a, constants, sums, high):
         """q - p."""
-        return copysign(m * one_minus_exp2_32(vmin(vabs(t), FAR)), t)
-
-    term = changed if signed else measured
+        kx0, ky0, c0, kx1, ky1, c1 = constants
+        V, H, J, A, B = sums
+        m = larger(p, kx0, kx1, q, ky0, ky1, a)
+        d, lost = difference(p, q)
+        t = fma(d, a, c0) + fma(lost, a, c1)
+        V = V + copysign(m * one_minus_exp2_32(vmin(vabs(t), FAR)), t)
+        return (V, H, J, A, B), high
 
     @inline
-    def second(term, x, y, start, stop, a, constants):
-        """Sum of the terms over [start, stop)."""
+    def near_block(x, y, start, stop, a, constants):
+        """Sums over a block of whole vectors, and whether it was near."""
+        kx0, ky0, c0, _, _, c1 = constants
+        half = f32(0.5) * a
+        kx = f32(0.5) * kx0
+        ky = f32(0.5) * ky0
+        high = splat32(0.0)
+        sums = (high, high, high, high, high)
+        for j in range(start, stop, LANES32):
+            prefetch(x + (j - TILE) * size_p)
+            prefetch(y + (j - TILE) * size_q)
+            p = load_p(x + j * size_p)
+            q = load_q(y + j * size_q)
+            t = fma(q - p, a, c0) + c1
+            z = t * t
+            high = vmax(z, high)
+            sums = near_step(geometric_mean(p, q, half, kx, ky), t, z, sums)
+        V, H, J, E, U = sums
+        return sums, all_near(high, (V + H) + (J + (E + U)))
+
+    @inline
+    def second(step, x, y, start, stop, a, constants):
+        """Sums of the terms over [start, stop); of those that can be infinite NaN if they are."""
         # Normalized exponents u - log2(Sx), v - log2(Sy) and their difference, each with
         # the part of its constant that float32 cannot hold.
         kx, ky, c = constants
         kx0 = f32(kx)
         ky0 = f32(ky)
         c0 = f32(c)
-        kx1 = f32(kx - f64(kx0))
-        ky1 = f32(ky - f64(ky0))
-        c1 = f32(c - f64(c0))
+        kx1 = kx - f64(kx0)
+        ky1 = ky - f64(ky0)
+        parts = (kx0, ky0, c0, f32(kx1), f32(ky1), f32(c - f64(c0)))
+        factor = exp2_near_0(0.5 * (kx1 + ky1))
         a32 = f32(a)
         # Backwards, block by block: what the first phase read last is still near.
-        total = splat64(0.0)
-        high = splat32(0.0)
+        nothing = splat64(0.0)
+        total = (nothing, nothing, nothing, nothing, nothing)
+        zero = splat32(0.0)
+        largest = zero
+        close = near
         block_stop = stop
         while block_stop > start:
             block_start = start + (block_stop - start - 1) // BLOCK * BLOCK
             full = block_start + (block_stop - block_start) // LANES32 * LANES32
-            T = splat32(0.0)
-            j = block_start
-            while j < block_stop:
-                prefetch(x + (j - TILE) * size_p)
-                prefetch(y + (j - TILE) * size_q)
-                if j < full:
+            sums = (zero, zero, zero, zero, zero)
+            high = zero
+            done = False
+            if near and close:
+                near_sums, done = near_block(x, y, block_start, full, a32, parts)
+                if done:
+                    total = added(total, near_totals(near_sums), factor)
+            if not done:
+                for j in range(block_start, full, LANES32):
+                    prefetch(x + (j - TILE) * size_p)
+                    prefetch(y + (j - TILE) * size_q)
                     p = load_p(x + j * size_p)
                     q = load_q(y + j * size_q)
-                else:
-                    p = tail_p(x + j * size_p, block_stop - j)
-                    q = tail_q(y + j * size_q, block_stop - j)
-                m = larger(p, kx0, kx1, q, ky0, ky1, a32)
-                d, lost = difference(p, q)
-                t = fma(d, a32, c0) + fma(lost, a32, c1)
-                if unbounded:
-                    high = vmax(vabs(t), high)
-                T = T + term(m, t)
-                j += LANES32
-            total = total + fold64(T)
+                    sums, high = step(p, q, a32, parts, sums, high)
+                close = not hany(high > NEAR)
+                largest = vmax(high, largest)
+            if full < block_stop:
+                p = tail_p(x + full * size_p, block_stop - full)
+                q = tail_q(y + full * size_q, block_stop - full)
+                sums, largest = step(p, q, a32, parts, sums, largest)
+            total = added(total, totals(sums), 1.0)
             block_stop = block_start
-        if unbounded and hany(high > FAR):
-            return math.nan
-        return hsum(total)
+        V, H, J, A, B = total
+        a_sum, b_sum = hsum(A), hsum(B)
+        if unbounded and hany(largest > FAR):
+            a_sum = math.nan
+            b_sum = math.nan
+        return hsum(V), hsum(H), hsum(J), a_sum, b_sum, a_sum + b_sum
 
     @inline
-    def finish(total, S, D, H, c, corrected):
-        """The divergence, or NaN where rounding errors of the first phase would show.
+    def finish(number, total, ceiling, S, D, H, c, corrected):
+        """A divergence, or NaN where rounding errors of the first phase would show.
 
         An error in the normalizers' ratio enters total variation as it is, the others as
         its square.  The rounding of y - x, where the rows differ by a constant c, makes errors
@@ -203,7 +375,7 @@ def build(operation, dtype_p, dtype_q, exactly):
             return math.nan
         if corrected:
             return min(total, ceiling)
-        if first_order:
+        if number == TV:
             # Errors of the terms average out, but for those of a top that has nearly all the mass.
             carried = min(12.0, 2.5 * math.sqrt(S))
             if share > carried * total or rounded(c) * c * c > 100.0 * total * total * S:
@@ -240,7 +412,7 @@ def build(operation, dtype_p, dtype_q, exactly):
                     )
                     value = math.nan
                     if constants[2] == constants[2]:
-                        value = second(term, x, y, start, stop, a, constants)
+                        value = second(measured, x, y, start, stop, a, constants)[which[0]]
                     if parts > 1:
                         poke_f64(at + 40, value)
                         if fetch_add(done + 8 * number, 1) + 1 < parts:
@@ -248,10 +420,10 @@ def build(operation, dtype_p, dtype_q, exactly):
                         value = 0.0
                         for i in range(parts):
                             value += peek_f64(row_at + i * (8 * STATE) + 40)
-                    if not signed and value < UNDERFLOW and differ(x, y, width):
+                    if value < UNDERFLOW and differ(x, y, width):
                         value = math.nan
                     poke_f64(out + 8 * row, value)
-                    if not signed and not value < math.inf:
+                    if not value < math.inf:
                         poke_i64(redo + 8 * (fetch_add(redo, 1) + 1), row)
                     continue
                 state = (0.0, 0.0, 0.0, 0.0, 0.0)
@@ -265,36 +437,55 @@ def build(operation, dtype_p, dtype_q, exactly):
                     state = load_state(row_at)
                     for i in range(1, parts):
                         state = merge(state, load_state(row_at + i * (8 * STATE)))
-                value = math.nan
                 S = state[2]
-                if S < math.inf:
+                unfinished = not S < math.inf
+                at_out = out + 8 * columns * row
+                if unfinished:
+                    poke_f64(at_out, math.nan)
+                    if parts > 1 and fetch_add(done + 8 * number, 1) + 1 < parts:
+                        continue
+                else:
                     constants = normalizers(state)
                     corrected = first_order and exactly and parts == 1
                     if corrected:
                         # What c is off shows in the sum of q - p, which is 0.
                         kx, ky, c = constants
-                        c -= LOG2_E * second(changed, x, y, start, stop, a, constants)
+                        c -= LOG2_E * second(changed, x, y, start, stop, a, constants)[0]
                         constants = (kx, ky, c)
-                    value = second(measured, x, y, start, stop, a, constants)
+                    sums = second(measured, x, y, start, stop, a, constants)
                     # Where most of D is the distance of the references from each other, c is not
                     # as exact as a gradient needs it.
                     if found != 0 and (corrected or abs(state[3]) <= 0.5 * state[4]):
                         for i in range(3):
                             poke_f64(found + 24 * row + 8 * i, constants[i])
+                    total = 0.0
                     if parts > 1:
-                        poke_f64(at + 40, value)
+                        poke_f64(at + 40, sums[which[0]])
                         if fetch_add(done + 8 * number, 1) + 1 < parts:
                             continue
-                        value = 0.0
                         for i in range(parts):
-                            value += peek_f64(row_at + i * (8 * STATE) + 40)
-                    value = finish(value, S, state[3], state[4], state[1] - state[0], corrected)
-                elif parts > 1 and fetch_add(done + 8 * number, 1) + 1 < parts:
-                    continue
-                if value < UNDERFLOW and differ(x, y, width):
-                    value = math.nan
-                poke_f64(out + 8 * row, value)
-                if not value < math.inf:
+                            total += peek_f64(row_at + i * (8 * STATE) + 40)
+                    smallest = math.inf
+                    for i in range(measures):
+                        value = finish(
+                            which[i], total if parts > 1 else sums[which[i]], ceilings[i],
+                            S, state[3], state[4], state[1] - state[0], corrected,
+                        )  # fmt: skip
+                        poke_f64(at_out + 8 * i, value)
+                        if not value < math.inf:
+                            unfinished = True
+                        smallest = min(smallest, value)
+                    if smallest < UNDERFLOW and differ(x, y, width):
+                        poke_f64(at_out, math.nan)
+                        unfinished = True
+                    if top:
+                        mx, kx = first_top_p(x, width)
+                        my, ky = first_top_q(y, width)
+                        poke_f64(at_out + 8 * measures, mx * inverse_temperature)
+                        poke_f64(at_out + 8 * measures + 8, kx)
+                        poke_f64(at_out + 8 * measures + 16, my * inverse_temperature)
+                        poke_f64(at_out + 8 * measures + 24, ky)
+                if unfinished:
                     poke_i64(redo + 8 * (fetch_add(redo, 1) + 1), row)
 
     @inline

@@ -8,8 +8,10 @@ matrix of float64 values, one row of it for each row of logits:
 ``two_phase``           all measures of a pair of rows, up to eight at once: one read
 ``single_pass``         entropy, log-sum-exp, token log-probabilities, argmax: one read
 ``exact``               all of them, and the rest, in float64, for any input
-``exact_gradients``     gradients with respect to the logits, in float64, for any input
+``gradients``           the value of a pair, and gradients with respect to the logits: one read
+``exact_gradients``     gradients in float64, for any input
 ``top_k``               overlap of the largest entries
+``shards``              what is known of rows that are parts of wider ones, in float64
 ``finish``              the results, from the values
 ======================  ====================================================================
 
@@ -20,15 +22,15 @@ call needs beside its results comes from CuPy's pool, and goes back there in the
 stream. How rows are cut depends on their shape and on the device alone: the same call gives the
 same bits.
 
-``evaluate``, ``differentiate`` and ``normalize`` are for rows on a device; the functions of the
-same names as in other backends are for rows on the host, which are streamed.
+``evaluate``, ``differentiate``, ``normalize`` and what ends in ``_on_device`` are for rows on a
+device; the functions of the same names as in other backends are for rows on the host, which are
+streamed.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import NoReturn
 
 import cupy
 import numpy as np
@@ -36,12 +38,12 @@ from numpy.typing import NDArray
 
 from klfast._arrays import FLOATS, Rows
 from klfast._dispatch import Result
-from klfast.errors import BackendUnavailable
 
 from ..plans import EXAMPLE, LOG_SOFTMAX, plan_of
 from . import launches, loader, streaming
 from .launches import differentiate, evaluate
 from .launches import log_softmax as normalize
+from .shards import partial_sums, partial_sums_on_device, shard, shard_on_device
 from .streaming import log_softmax
 
 __all__ = [
@@ -55,8 +57,10 @@ __all__ = [
     "log_softmax",
     "normalize",
     "partial_sums",
+    "partial_sums_on_device",
     "run",
     "shard",
+    "shard_on_device",
     "warmup",
 ]
 
@@ -115,23 +119,20 @@ def compare(
     return streaming.values_of(metrics, p, q, rows, tokens)
 
 
-def gradient(*arguments: object) -> None:
-    """Refuse: a gradient would have to go the whole way back."""
-    raise BackendUnavailable(
-        "backend 'cuda' has gradients for arrays on a GPU; accepted for arrays on the host: 'cpu', "
-        "'reference'"
-    )
-
-
-def shard(*arguments: object, **options: object) -> NoReturn:
-    """Refuse: states of parts of rows are made on the host."""
-    raise BackendUnavailable(
-        "backend 'cuda' has no states of parts of rows; accepted for arrays on the host: 'cpu', "
-        "'reference'"
-    )
-
-
-partial_sums = shard
+def gradient(
+    name: str,
+    p: Rows,
+    q: Rows | None,
+    parameters: tuple[float, ...],
+    rows: Numbers | None,
+    out: Values,
+    scale: Values,
+    into_p: Rows | None,
+    into_q: Rows | None,
+) -> None:
+    """Write values, and gradients with respect to the logits times ``scale``, one a row."""
+    into = {side: each for side, each in (("p", into_p), ("q", into_q)) if each is not None}
+    streaming.gradients_of((name, parameters), p, q, rows, out, scale, into)
 
 
 def explain(name: str, p: Rows, q: Rows | None) -> dict[str, object]:
@@ -151,7 +152,10 @@ def explain(name: str, p: Rows, q: Rows | None) -> dict[str, object]:
         }
         if launch.module == "two_phase":
             assert q is not None
-            residence = launches.residence(device, p, q, launch.steps)
+            shape = launches.shape_of(launch.steps)
+            residence = launches.residence(
+                device, p, q, shape, launches.cut(device, p.count, p.width, shape[0])
+            )
             each["blocks_of_a_cluster"] = residence.cluster
             each["second_read"] = launches.second_read(device, p, q, residence)
         described.append(each)

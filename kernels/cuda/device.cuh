@@ -120,6 +120,12 @@ DEVICE Bytes16 load_again(const Bytes16* at)
     const uint4 value = __ldg(reinterpret_cast<const uint4*>(at));
     return {value.x, value.y, value.z, value.w};
 }
+// From shared memory: at once, which is not left to the compiler's discretion.
+DEVICE Bytes16 load_shared(const Bytes16* at)
+{
+    const uint4 value = *reinterpret_cast<const uint4*>(at);
+    return {value.x, value.y, value.z, value.w};
+}
 template <class T>
 DEVICE T load_one(const T* at)
 {
@@ -166,6 +172,13 @@ DEVICE float larger(float a, float b) { return fmaxf(a, b); }
 DEVICE float smaller(float a, float b) { return fminf(a, b); }
 DEVICE double larger(double a, double b) { return fmax(a, b); }
 DEVICE double smaller(double a, double b) { return fmin(a, b); }
+// The same, but NaN where either is.
+DEVICE float larger_or_nan(float a, float b)
+{
+    float value;
+    asm("max.ftz.NaN.f32 %0, %1, %2;" : "=f"(value) : "f"(a), "f"(b));
+    return value;
+}
 DEVICE float fma32(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 DEVICE double fma64(double a, double b, double c) { return __fma_rn(a, b, c); }
 DEVICE float sign_of(float size, float sign) { return copysignf(size, sign); }
@@ -198,6 +211,19 @@ DEVICE uint16 half_of(float value)
     uint16 bits;
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
     return bits;
+}
+// Two of them in a word, low half first.
+DEVICE uint32 halves_of(float low, float high)
+{
+    uint32 word;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    return word;
+}
+DEVICE uint32 bfloats_of(float low, float high)
+{
+    uint32 word;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    return word;
 }
 // Between float32 and float64, numbers below the normal range of float32 included: -ftz=true makes
 // those 0 in the conversions of the language.

@@ -1,8 +1,8 @@
 // Every operation in float64, for any input whatever: the path without preconditions.
 //
 // It serves float64 logits, probabilities, unequal temperatures, strided rows, and the rows that
-// the float32 kernels hand over. One OPERATION_* says what it computes, parameters[0] is its order
-// or weight, parameters[15] the first column that it writes. phase 0: all rows; phase 1: those
+// the float32 kernels hand over. One OPERATION_* says what it computes, parameters[0] is its order,
+// its weight or which divergence it is, parameters[15] the first column that it writes. phase 0: all rows; phase 1: those
 // whose first column is marked as unfinished. To a pair of rows, when it has been prepared, a block
 // adds up the sum of non-negative terms (an *integrand*: of p, q, t = log(q/p) and logarithms).
 
@@ -18,16 +18,8 @@ struct LogSoftmax : OfRow {
 };
 struct RenyiEntropy : OfRow {};
 
-#if defined(OPERATION_kl)
-using Operation = KullbackLeibler;
-#elif defined(OPERATION_cross_entropy)
-using Operation = CrossEntropy;
-#elif defined(OPERATION_tv)
-using Operation = TotalVariation;
-#elif defined(OPERATION_hellinger2)
-using Operation = SquaredHellinger;
-#elif defined(OPERATION_jeffreys)
-using Operation = Jeffreys;
+#if defined(OPERATION_divergence)
+using Operation = Divergence;
 #elif defined(OPERATION_js)
 using Operation = JensenShannon;
 #elif defined(OPERATION_renyi)
@@ -135,9 +127,8 @@ DEVICE double compute_pair(const Call& call, int64 row)
     Prepared rows(call, row);
     if (!rows.valid)
         return NAN64;
-    const bool infinite_order = OPERATION::EXPONENTIAL && !OPERATION::MASS && parameter >= 0.0;
-    if (((OPERATION::INFINITE_WITHOUT_Q || infinite_order) && rows.only_p) ||
-        (OPERATION::INFINITE_WITHOUT_P && rows.only_q))
+    if ((rows.only_p && OPERATION::infinite_without_q(parameter)) ||
+        (rows.only_q && OPERATION::infinite_without_p(parameter)))
         return INFINITY64;
     if (OPERATION::MASS && !rows.only_q)
         return 0.0;

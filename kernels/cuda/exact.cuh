@@ -57,8 +57,9 @@ struct Index {
 
 struct OfPair {
     static constexpr bool ONE_ROW = false;
-    // Whether the result is +inf where P has support that Q has not, or (both) either way round.
-    static constexpr bool INFINITE_WITHOUT_Q = false, INFINITE_WITHOUT_P = false;
+    // Whether the result is +inf where P has support that Q has not, or Q that P has not.
+    static DEVICE bool infinite_without_q(double) { return false; }
+    static DEVICE bool infinite_without_p(double) { return false; }
     // Rounding must not carry a result beyond what it can be.
     static DEVICE double ceiling(double) { return INFINITY64; }
     // Whether the result is the largest term, or comes from a sum of exponentials as well.
@@ -66,40 +67,35 @@ struct OfPair {
     static DEVICE double exponent(const Index&, double) { return 0.0; }
 };
 
-struct KullbackLeibler : OfPair {
-    static constexpr bool INFINITE_WITHOUT_Q = true;
-    // p (exp(t) - 1 - t); where q is much larger than p, as q - p - p t.
-    static DEVICE double term(const Index& at, double)
+// One of those that need no parameter, which is its number: known to launches.py. They differ in a
+// few instructions, and nearly every call may fall back on one of them: they are compiled together.
+struct Divergence : OfPair {
+    enum Which { KULLBACK_LEIBLER, CROSS_ENTROPY, VARIATION, HELLINGER, JEFFREYS };
+
+    static DEVICE bool infinite_without_q(double number)
     {
-        return at.t > 1.0 ? fma64(at.p, -at.t, at.q - at.p) : at.p * exponential_tail(at.t);
+        return number == KULLBACK_LEIBLER || number == CROSS_ENTROPY || number == JEFFREYS;
     }
-};
-
-struct CrossEntropy : OfPair {
-    static constexpr bool INFINITE_WITHOUT_Q = true;
-    static DEVICE double term(const Index& at, double)
+    static DEVICE bool infinite_without_p(double number) { return number == JEFFREYS; }
+    static DEVICE double ceiling(double number)
     {
-        return at.p * -larger(at.log_q, -LARGEST);
+        return number == VARIATION || number == HELLINGER ? 1.0 : INFINITY64;
     }
-};
-
-struct TotalVariation : OfPair {
-    static DEVICE double ceiling(double) { return 1.0; }
-    static DEVICE double term(const Index& at, double) { return at.distance() * 0.5; }
-};
-
-struct SquaredHellinger : OfPair {
-    static DEVICE double ceiling(double) { return 1.0; }
-    static DEVICE double term(const Index& at, double)
+    static DEVICE double term(const Index& at, double number)
     {
-        const double r = expm1(fabs(at.t) * -0.5);
-        return larger(at.p, at.q) * r * r * 0.5;
+        switch (static_cast<int>(number)) {
+        case KULLBACK_LEIBLER:
+            // p (exp(t) - 1 - t); where q is much larger than p, as q - p - p t.
+            return at.t > 1.0 ? fma64(at.p, -at.t, at.q - at.p) : at.p * exponential_tail(at.t);
+        case CROSS_ENTROPY: return at.p * -larger(at.log_q, -LARGEST);
+        case VARIATION: return at.distance() * 0.5;
+        case HELLINGER: {
+            const double r = expm1(fabs(at.t) * -0.5);
+            return larger(at.p, at.q) * r * r * 0.5;
+        }
+        default: return at.distance() * fabs(at.t);
+        }
     }
-};
-
-struct Jeffreys : OfPair {
-    static constexpr bool INFINITE_WITHOUT_Q = true, INFINITE_WITHOUT_P = true;
-    static DEVICE double term(const Index& at, double) { return at.distance() * fabs(at.t); }
 };
 
 struct JensenShannon : OfPair {
@@ -124,6 +120,7 @@ struct JensenShannon : OfPair {
 // parameter: beta, the order less 1.
 struct Renyi : OfPair {
     static constexpr bool EXPONENTIAL = true;
+    static DEVICE bool infinite_without_q(double beta) { return beta >= 0.0; }
     // p [phi(beta d) + beta phi(-d)] with d = -t and phi(t) = exp(t) - 1 - t; far apart,
     // p expm1(beta d) + beta (q - p).
     static DEVICE double term(const Index& at, double beta)
@@ -152,7 +149,8 @@ struct RenyiOfOrder0 : OfPair {
 
 // log(p/q) on the support of P.
 struct RenyiOfOrderInfinity : OfPair {
-    static constexpr bool INFINITE_WITHOUT_Q = true, MAXIMUM = true;
+    static constexpr bool MAXIMUM = true;
+    static DEVICE bool infinite_without_q(double) { return true; }
     static DEVICE double term(const Index& at, double) { return at.in_p() ? -at.t : -INFINITY64; }
 };
 
@@ -162,7 +160,7 @@ struct RenyiOfOrderInfinity : OfPair {
 DEVICE double logit(const Rows& rows, const char* row, int64 index)
 {
     const double entry = entry64(row + index * rows.stride, rows.dtype);
-    return rows.probabilities ? log(entry) : entry;
+    return rows.probabilities ? log_called(entry) : entry;
 }
 
 // The largest entry of a row and its first index, of which each thread has seen some.

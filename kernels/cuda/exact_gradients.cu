@@ -23,17 +23,17 @@
 // logits that it belongs to: a thread reads and writes the same entries throughout.
 
 #if defined(OPERATION_kl)
-constexpr bool CROSS = false, TV = false, JS = false, JEFFREYS = false, RENYI = false;
+constexpr bool CROSS = false, TV = false, JS = false, BOTH_WAYS = false, RENYI = false;
 #elif defined(OPERATION_cross_entropy)
-constexpr bool CROSS = true, TV = false, JS = false, JEFFREYS = false, RENYI = false;
+constexpr bool CROSS = true, TV = false, JS = false, BOTH_WAYS = false, RENYI = false;
 #elif defined(OPERATION_tv)
-constexpr bool CROSS = false, TV = true, JS = false, JEFFREYS = false, RENYI = false;
+constexpr bool CROSS = false, TV = true, JS = false, BOTH_WAYS = false, RENYI = false;
 #elif defined(OPERATION_js)
-constexpr bool CROSS = false, TV = false, JS = true, JEFFREYS = false, RENYI = false;
+constexpr bool CROSS = false, TV = false, JS = true, BOTH_WAYS = false, RENYI = false;
 #elif defined(OPERATION_jeffreys)
-constexpr bool CROSS = false, TV = false, JS = false, JEFFREYS = true, RENYI = false;
+constexpr bool CROSS = false, TV = false, JS = false, BOTH_WAYS = true, RENYI = false;
 #elif defined(OPERATION_renyi)
-constexpr bool CROSS = false, TV = false, JS = false, JEFFREYS = false, RENYI = true;
+constexpr bool CROSS = false, TV = false, JS = false, BOTH_WAYS = false, RENYI = true;
 #endif
 
 // What a mean is subtracted from.
@@ -79,10 +79,10 @@ DEVICE double entry(const Index& at, int64 j, const Known& known, double alpha)
             difference = exp((OF_P ? at.log_p : at.log_q) + tilt) - own;
         return OF_P ? difference : -difference;
     }
-    if constexpr (!OF_P && !TV && !JS && !JEFFREYS)
+    if constexpr (!OF_P && !TV && !JS && !BOTH_WAYS)
         return change;
     double value = own * (bracket<OF_P>(at, alpha) - (OF_P ? known.mean_p : known.mean_q));
-    if constexpr (JEFFREYS)
+    if constexpr (BOTH_WAYS)
         value += OF_P ? -change : change;
     return value;
 }
@@ -175,7 +175,7 @@ DEVICE void write_gradients(const Call& call, int64 row)
     }
     if (!TV && !JS && !RENYI && rows.only_p)
         factor_p = 0.0;
-    if (JEFFREYS && rows.only_q)
+    if (BOTH_WAYS && rows.only_q)
         factor_q = 0.0;
     for (int64 j = team_rank(); j < call.width; j += TEAM) {
         const Index at = rows.index(j);

@@ -23,7 +23,7 @@ enum Formula {
 // m is NaN, and so is everything that follows from it.
 DEVICE double log_normalizer(const double* row)
 {
-    return row[0] == row[0] ? log1p(row[1]) : row[0];
+    return row[0] == row[0] ? log1p_called(row[1]) : row[0];
 }
 
 DEVICE double token_log_prob(const double* row) { return row[4] - log_normalizer(row); }

@@ -13,7 +13,7 @@ import numpy as np
 from klfast._arrays import FLOATS, Rows
 from klfast._dispatch import Result
 
-from ..plans import COLUMNS, LOG_SOFTMAX, Plan, Step, exact_operation, plans_of
+from ..plans import COLUMNS, LOG_SOFTMAX, Plan, Step, exact_operation, plan_of, plans_of
 from .loader import kernel, machine
 
 __all__ = [
@@ -53,11 +53,13 @@ THREADS, BLOCKS = 256, {"one_pass": 4, "single_pass": 3}
 THREADS_OF = {"one_pass": 128}
 #: Vectors of each row that a thread of ``one_pass`` has under way or reads.
 RING = 5
-#: Bytes of shared memory that a team of ``two_phase`` needs beside its rows.
+#: Bytes of shared memory that a team needs beside the rows that it keeps.
 EXCHANGE = 768
 #: Threads of a block of ``two_phase``, and blocks that share a multiprocessor: the more sums are
 #: taken, up to so many, the more registers they need.
 SHAPES = ((5, 256, 2), (8, 128, 3), (1 << 10, 128, 2))
+#: The same of ``gradients``.
+GRADIENT_SHAPE = 128, 3
 #: Definitions of kernels that have a whole block work on a row.
 WHOLE: dict[str, object] = {"THREADS": THREADS, "TEAM": THREADS, "BLOCKS": 1}
 #: Rows up to this length are the work of a warp; longer ones that of a block.
@@ -96,6 +98,8 @@ TERMS = {
     ("top", "q"): "ARGMAX_Q",
 }
 MOST_TERMS = 8
+#: Operations that ``exact`` has together, in this order.
+DIVERGENCES = ("kl", "cross_entropy", "tv", "hellinger2", "jeffreys")
 #: Kernels that finish all rows themselves.
 FINISHED = ("single_pass", "top_k")
 
@@ -185,26 +189,28 @@ class Cut(NamedTuple):
     part_width: int
 
 
+def whole(width: int, threads: int = THREADS) -> Cut:
+    """Short rows are the work of a warp, long ones that of a block."""
+    return Cut(32 if width <= SHORT else threads, 1, width)
+
+
 def cut(device: int, count: int, width: int, threads: int = THREADS) -> Cut:
     """Few long rows are cut into parts, so that every multiprocessor has several."""
     multiprocessors = machine(device).multiprocessors
-    if width <= SHORT:
-        return Cut(32, 1, width)
     if count >= 2 * multiprocessors or width < 2 * SMALLEST_PART:
-        return Cut(threads, 1, width)
+        return whole(width, threads)
     parts = min(-(-BLOCKS_EACH * multiprocessors // count), width // SMALLEST_PART)
     part_width = -(-width // parts // 64) * 64
     return Cut(threads, -(-width // part_width), part_width)
 
 
 class Residence(NamedTuple):
-    """Where ``two_phase`` keeps a pair of rows between its phases."""
+    """Where a pair of rows is kept between the phases of a kernel."""
 
     threads: int
-    team: int
     blocks: int  # that the registers of a multiprocessor must have room for
     cluster: int  # blocks that share a row
-    resident: int  # entries that a block keeps
+    resident: int  # entries that a team keeps
     shared: int  # bytes of shared memory
     parts: Cut
 
@@ -227,32 +233,39 @@ def _share(width: int, blocks: int) -> int:
     return -(-(-(-width // blocks) + VECTOR) // VECTOR) * VECTOR
 
 
-def residence(device: int, p: Rows, q: Rows, steps: Sequence[Step]) -> Residence:
-    """As few blocks a row as have room for all of it.
+def shape_of(steps: Sequence[Step]) -> tuple[int, int]:
+    """Threads of a block of ``two_phase``, and blocks that share a multiprocessor."""
+    sums = sum(2 if step.operation in ("statistics", "cross_entropy") else 1 for step in steps)
+    return next(shape[1:] for shape in SHAPES if sums <= shape[0])
+
+
+def residence(device: int, p: Rows, q: Rows, shape: tuple[int, int], parts: Cut) -> Residence:
+    """As few blocks a row as have room for all of it, and leave no multiprocessor idle.
 
     They share a multiprocessor with others, or if that makes a pair fit, have it for themselves:
-    the same number of threads in one block.
+    the same number of threads in one block. Rows that are cut are read again from where they were,
+    for their parts do not know when all of them have been read.
     """
     here, size = machine(device), FLOATS[p.dtype] + FLOATS[q.dtype]
-    sums = sum(2 if step.operation == "statistics" else 1 for step in steps)
-    threads, blocks = next(shape[1:] for shape in SHAPES if sums <= shape[0])
-    parts = cut(device, p.count, p.width, threads)
+    threads, blocks = shape
     if parts.parts > 1:
-        return Residence(threads, threads, blocks, 1, 0, EXCHANGE, parts)
+        return Residence(threads, blocks, 1, 0, EXCHANGE, parts)
     if parts.team == 32:
         threads, blocks = SHAPES[-1][1:]
         kept = _share(p.width, 1)
-        shared = (kept * size + EXCHANGE) * threads // 32
-        return Residence(threads, 32, blocks, 1, kept, shared, parts)
-    shapes = (threads, blocks), (threads * blocks, 1)
+        return Residence(threads, blocks, 1, kept, (kept * size + EXCHANGE) * threads // 32, parts)
     clusters = (1, 2, 4, 8) if here.clusters else (1,)
-    for (threads, blocks), cluster in itertools.product(shapes, clusters):
+    alone = threads * blocks, 1
+    for (threads, blocks), cluster in itertools.product((shape, alone), clusters):
         most = min(here.shared_together // blocks - RESERVED, here.shared)
         room = (most - 2 * threads - EXCHANGE) // size // VECTOR * VECTOR
-        if _share(p.width, cluster) <= room:
+        wanted = _share(p.width, cluster)
+        busy = p.count * cluster >= here.multiprocessors
+        if wanted <= room and (busy or p.width < 2 * cluster * SMALLEST_PART):
             break
-    kept = min(room, _share(p.width, cluster))
-    return Residence(threads, threads, blocks, cluster, kept, kept * size + EXCHANGE, parts)
+    kept = min(room, wanted)
+    shared, parts = kept * size + EXCHANGE, parts._replace(team=threads)
+    return Residence(threads, blocks, cluster, kept, shared, parts)
 
 
 class _Work:
@@ -332,6 +345,17 @@ class _Work:
             stream = cupy.cuda.get_current_stream()
             cupy.cuda.runtime.memsetAsync(arrived, 0, 4 * self.count, stream.ptr)
 
+    def finish(self, plan: Plan, other: int, result: Result) -> None:
+        """Make the results of values, and of those so many columns further on."""
+        call = self.call
+        self.write_to(result.rows)
+        call["parameters"][: len(plan.numbers)] = plan.numbers
+        call["parameters"][12:15] = plan.finish, other, result.unit
+        call["phase"] = phase = REDUCTIONS[result.reduction]
+        blocks = 1 if phase else -(-self.count // THREADS)
+        if blocks:
+            self.launch("finish", blocks)
+
     def do(self, launch: Launch, column: int) -> None:
         """Queue a kernel that writes its columns from this one on, and what must follow it."""
         values = int(self.call["values"])
@@ -355,8 +379,10 @@ class _Work:
         call["phase"], call["parameters"][[0, 15]] = marked, (step.parameter, column)
         # Marked rows are few, and each thread looks for one.
         blocks = 4 * machine(self.device).multiprocessors if marked else MOST_BLOCKS
-        operation = {f"OPERATION_{exact_operation(step)}": 1}
-        self.launch("exact", min(self.count, blocks), WHOLE | operation)
+        name = exact_operation(step)
+        if name in DIVERGENCES:
+            call["parameters"][0], name = DIVERGENCES.index(name), "divergence"
+        self.launch("exact", min(self.count, blocks), WHOLE | {f"OPERATION_{name}": 1})
 
     def _top_k(self, launch: Launch) -> None:
         (step,) = launch.steps
@@ -386,24 +412,39 @@ class _Work:
     _single_pass = _one_pass
 
     def _two_phase(self, launch: Launch) -> None:
-        p, q = self.read("pq")
-        here = residence(self.device, p, q, launch.steps)
+        shape = shape_of(launch.steps)
+        parts = cut(self.device, self.count, self.rows["p"].width, shape[0])
+        names = ",".join(TERMS[step.operation, step.rows] for step in launch.steps)
+        for number, step in enumerate(launch.steps):
+            self.call["parameters"][number] = step.parameter
+        # The normalizers of parts must be known before their terms are summed.
+        phases = (0,) if parts.parts == 1 else (1, 2)
+        self.keep("two_phase", *self.read("pq"), {"TERMS": names}, shape, parts, phases)
+
+    def keep(
+        self,
+        name: str,
+        p: Rows,
+        q: Rows,
+        purpose: Mapping[str, object],
+        shape: tuple[int, int],
+        parts: Cut,
+        phases: Sequence[int] = (0,),
+    ) -> None:
+        """Queue a kernel that keeps its rows."""
+        here = residence(self.device, p, q, shape, parts)
+        team = here.parts.team
         definitions = {
-            "THREADS": here.threads, "TEAM": here.team, "CLUSTER": here.cluster,
-            "BLOCKS": here.blocks, "DTYPE_P": DTYPE_CODE[p.dtype],
-            "DTYPE_Q": DTYPE_CODE[q.dtype], "ALIGNED": int(is_aligned(p, q)),
-            "TERMS": ",".join(TERMS[step.operation, step.rows] for step in launch.steps),
+            "THREADS": here.threads, "TEAM": team, "CLUSTER": here.cluster, "BLOCKS": here.blocks,
+            "DTYPE_P": DTYPE_CODE[p.dtype], "DTYPE_Q": DTYPE_CODE[q.dtype],
+            "ALIGNED": int(is_aligned(p, q)), **purpose,
         }  # fmt: skip
         self.set_parts(here.parts)
         self.call["resident"] = here.resident
-        for number, step in enumerate(launch.steps):
-            self.call["parameters"][number] = step.parameter
         teams = self.count * here.parts.parts * here.cluster
-        # The normalizers of parts must be known before their terms are summed.
-        for phase in (0,) if here.parts.parts == 1 else (1, 2):
+        for phase in phases:
             self.call["phase"] = phase
-            blocks = -(-teams * here.team // here.threads)
-            self.launch("two_phase", blocks, definitions, here.shared)
+            self.launch(name, -(-teams * team // here.threads), definitions, here.shared)
 
 
 def evaluate(
@@ -437,14 +478,8 @@ def evaluate(
         places = [
             columns[step] if step in columns else columns[_terms(step)[0]] for step in plan.steps
         ]
-        work.write_to(result.rows)
         call["values"] = values + 8 * (places[0] + plan.column)
-        call["parameters"][: len(plan.numbers)] = plan.numbers
-        call["parameters"][12:15] = plan.finish, places[-1] - places[0], result.unit
-        call["phase"] = phase = REDUCTIONS[result.reduction]
-        blocks = 1 if phase else -(-p.count // THREADS)
-        if blocks:
-            work.launch("finish", blocks)
+        work.finish(plan, places[-1] - places[0], result)
 
 
 def log_softmax(x: Rows, where: Any, out: Rows) -> None:
@@ -514,11 +549,14 @@ def slope_of(name: str, parameters: tuple[float, ...]) -> Slope:
     if name == "alpha" and alpha == 0.0:
         return Slope("kl", swapped=True)
     order_p = 1.0 if alpha == math.inf else alpha / (alpha - 1.0)
-    if name == "renyi":
-        return Slope("renyi", alpha, order_p, 1.0)
     # S - 1 is (alpha-1) times the Tsallis divergence.
-    scale = {"tsallis": 1.0, "chi2": 1.0, "hellinger2": 0.5}.get(name) or 1.0 / alpha
-    return Slope("renyi", alpha, scale * order_p, scale, power=1)
+    scales = {"renyi": 1.0, "tsallis": 1.0, "chi2": 1.0, "hellinger2": 0.5}
+    scale = scales.get(name) or 1.0 / alpha
+    power = int(name != "renyi")
+    if 0.0 < alpha < 0.5:
+        # r is the same for Q, P and 1 - alpha, but each row is on the other side of it.
+        return Slope("renyi", 1.0 - alpha, -scale, -scale * order_p, power, swapped=True)
+    return Slope("renyi", alpha, scale * order_p, scale, power)
 
 
 def differentiate(
@@ -535,22 +573,59 @@ def differentiate(
     ``scales`` point to a float64 number a row, or are None; ``into`` has rows for "p", "q" or both,
     which are written to their full width: with zeros beyond that of the logits.
     """
-    evaluate([metric], p, q, where, None, [result])
     if not p.count:
         return
     slope = slope_of(*metric)
+    sides = "qp" if slope.swapped else "pq"
+    # Entropy is the cross-entropy of a row with itself.
+    plan = plan_of("cross_entropy", ()) if q is None else plan_of(*metric)
+    together = is_kept(slope, plan, p, q, into)
+    if not together:
+        evaluate([metric], p, q, where, None, [result])
     work = _Work(p, q, where, None)
     call = work.call
-    first, second = "qp" if slope.swapped else "pq"
-    work.read(first + second)
-    for side, place in ((first, "into_p"), (second, "into_q")):
+    first, second = work.read(sides)
+    for side, place in zip(sides, ("into_p", "into_q"), strict=True):
         if side in into:
             call[place] = work.describe(into[side])
     call["scales"] = 0 if scales is None else scales.ptr
-    unit = result.unit
-    call["parameters"][:7] = (
-        slope.parameter, slope.factor_p / unit, slope.factor_q / unit, slope.power, 0.0,
-        *(into[side].width if side in into else 0 for side in (first, second)),
+    numbers = (
+        slope.factor_p / result.unit, slope.factor_q / result.unit, slope.power, 0.0,
+        *(into[side].width if side in into else 0 for side in sides),
     )  # fmt: skip
+    blocks = p.count
+    if together:
+        (step,) = plan.steps
+        call["values"], call["columns"] = work.room(16 * p.count), 2
+        call["parameters"][:7] = (step.parameter, *numbers)
+        purpose = {
+            "TERMS": TERMS[step.operation, "pq"],
+            "TO_P": int(sides[0] in into), "TO_Q": int(sides[1] in into),
+        }  # fmt: skip
+        work.keep(
+            "gradients", first, second, purpose, GRADIENT_SHAPE, whole(p.width, GRADIENT_SHAPE[0])
+        )
+        work.exact(step, 0, marked=True)
+        work.read(sides)
+        call["parameters"][15] = 1
+        blocks = min(blocks, 4 * machine(work.device).multiprocessors)
+    call["parameters"][:7] = (slope.parameter, *numbers)
     operation = {f"OPERATION_{slope.operation}": 1}
-    work.launch("exact_gradients", p.count, WHOLE | operation)
+    work.launch("exact_gradients", blocks, WHOLE | operation)
+    if together:
+        work.finish(plan, 0, result)
+
+
+def is_kept(slope: Slope, plan: Plan, p: Rows, q: Rows | None, into: Mapping[str, Rows]) -> bool:
+    """Whether ``gradients`` gives value and gradient from one read."""
+    step, rows = plan.steps[0], {"p": p, "q": p if q is None else q}
+    operations = {"renyi": ("renyi", "hellinger2")}.get(slope.operation, (slope.operation,))
+    return (
+        step.module != "exact"
+        and step.operation in operations
+        and is_fast(*rows.values())
+        and all(
+            each.dtype == rows[side].dtype and each.stride == FLOATS[each.dtype]
+            for side, each in into.items()
+        )
+    )

@@ -20,9 +20,11 @@ HEADERS = ("device.cuh", "rows.cuh", "team.cuh", "mathematics.cuh")
 #: Headers that only some kernels need.
 MORE_HEADERS = {
     "one_pass": ("pairs.cuh",),
-    "two_phase": ("pairs.cuh",),
+    "two_phase": ("pairs.cuh", "terms.cuh", "resident.cuh", "measures.cuh"),
+    "gradients": ("pairs.cuh", "terms.cuh", "resident.cuh", "measures.cuh", "slopes.cuh"),
     "exact": ("exact.cuh",),
     "exact_gradients": ("exact.cuh",),
+    "shards": ("exact.cuh",),
     "finish": ("finish.cuh",),
 }
 

@@ -87,16 +87,89 @@ DEVICE float js_near(float tau)
     k = fma32(k, tau, 0.06005662679672241f);
     return k * tau * tau;
 }
+// log1p(g) for 0 <= g <= 1/4; 1e-8.
+DEVICE float log1p_quarter(float g)
+{
+    float k = fma32(g, -0.10168222337961197f, 0.18768173456192017f);
+    k = fma32(k, g, -0.2490830421447754f);
+    k = fma32(k, g, 0.3333164155483246f);
+    k = fma32(k, g, -0.49999991059303284f);
+    return g * fma32(k, g, 1.0f);
+}
 DEVICE float js_far(float tau)
 {
     const float g = exp2_approx(-tau);
-    float log1p_g = fma32(g, -0.10168222337961197f, 0.18768173456192017f);  // 1e-8
-    log1p_g = fma32(log1p_g, g, -0.2490830421447754f);
-    log1p_g = fma32(log1p_g, g, 0.3333164155483246f);
-    log1p_g = fma32(log1p_g, g, -0.49999991059303284f);
-    log1p_g = g * fma32(log1p_g, g, 1.0f);
     constexpr float HALF_LOG_2 = static_cast<float>(0.5 * LOG_OF_2);
-    return fma32(1.0f + g, fma32(log1p_g, -0.5f, HALF_LOG_2), g * tau * -HALF_LOG_2);
+    return fma32(1.0f + g, fma32(log1p_quarter(g), -0.5f, HALF_LOG_2), g * tau * -HALF_LOG_2);
+}
+
+// --- float32, where rows are near each other -------------------------------------------------
+
+// Short of reduction, one polynomial does, without a special function: (2**t - 1)/log 2 - t and
+// psi(t), over t**2, for abs(t) <= NEAR_ONE; 3e-8 and 2e-8.
+constexpr float NEAR_ONE = 1.75f;
+DEVICE float near_phi(float t)
+{
+    float p = fma32(t, 1.4611279652854137e-07f, 1.9665822037495673e-06f);
+    p = fma32(p, t, 2.2022719349479303e-05f);
+    p = fma32(p, t, 0.0002221211907453835f);
+    p = fma32(p, t, 0.0019235913641750813f);
+    p = fma32(p, t, 0.013876077719032764f);
+    p = fma32(p, t, 0.08007551729679108f);
+    return fma32(p, t, 0.3465735912322998f);
+}
+DEVICE float near_psi(float t)
+{
+    float p = fma32(t, 9.085280083809266e-08f, 1.2178022643638542e-06f);
+    p = fma32(p, t, 1.3360281627683435e-05f);
+    p = fma32(p, t, 0.00013193633640184999f);
+    p = fma32(p, t, 0.001111100078560412f);
+    p = fma32(p, t, 0.007694576866924763f);
+    p = fma32(p, t, 0.041628096252679825f);
+    p = fma32(p, t, 0.16015098989009857f);
+    return fma32(p, t, 0.3465735912322998f);
+}
+
+// Seen from g = sqrt(p q), terms of two rows are even functions of t = log2(q/p), or odd ones, whose
+// polynomials in s = t**2 are short. With T = t log 2, for s <= NEAR_BOTH**2:
+//
+//     q - p                 = 2 g sinh(T/2)                   = g t near_difference(s)
+//     p phi(T) - q phi(-T)  = 2 g (2 sinh(T/2) - T cosh(T/2)) = 2 g t s near_skewness(s) log 2
+//     p phi(T) + q phi(-T)  = 2 g T sinh(T/2)                 = T (q - p)
+//     (sqrt q - sqrt p)**2  = 4 g sinh(T/4)**2                = g s near_hellinger2(s)
+//     Jensen-Shannon                                          = g s near_js(s)
+//
+// with phi(T) = exp(T) - 1 - T, so that p phi(T) is a term of KL(P, Q); 4e-8 or better.
+constexpr float NEAR_BOTH = 3.0f;
+template <bool OVER_LOG_2>
+DEVICE float near_difference(float s)
+{
+    constexpr double UNIT = OVER_LOG_2 ? 1.0 : LOG_OF_2;
+    constexpr float A = static_cast<float>(3.538168016348209e-07 * UNIT);
+    constexpr float B = static_cast<float>(0.00012017469271086156 * UNIT);
+    constexpr float C = static_cast<float>(0.02001895196735859 * UNIT);
+    constexpr float D = static_cast<float>(UNIT);
+    return fma32(fma32(fma32(s, A, B), s, C), s, D);
+}
+DEVICE float near_skewness(float s)
+{
+    float p = fma32(s, -4.697549904619791e-09f, -2.0624088392651174e-06f);
+    p = fma32(p, s, -0.0004809072706848383f);
+    return fma32(p, s, -0.04003775119781494f);
+}
+DEVICE float near_hellinger2(float s)
+{
+    float p = fma32(s, 1.0564627395126536e-08f, 4.812355655303691e-06f);
+    p = fma32(p, s, 0.001202267943881452f);
+    return fma32(p, s, 0.12011325359344482f);
+}
+DEVICE float near_js(float s)
+{
+    float p = fma32(s, -1.3483811289738412e-10f, 7.747744668051837e-09f);
+    p = fma32(p, s, -2.8336293667052814e-07f);
+    p = fma32(p, s, 1.2023425369989127e-05f);
+    p = fma32(p, s, 6.463902302300539e-09f);
+    return fma32(p, s, 0.06005662679672241f);
 }
 
 // d = y - x, and what its rounding lost (NaN at infinity).
@@ -111,12 +184,13 @@ struct Difference32 {
     }
 };
 
-// 2**(a x + k): a rounded exponent of -33 makes an error of 1.3e-6, so that the whole number is
-// taken off before anything is rounded.
+// 2**(a x + k), of which a x + k is at most 126 or the result infinite or NaN: a rounded exponent of
+// -33 makes an error of 1.3e-6, so that the whole number is taken off before anything is rounded.
 DEVICE float exp2_exactly(float x, float a, float k)
 {
-    const Reduced at(larger(fma32(x, a, k), -FARTHEST));
-    return exp2_approx(fma32(x, a, k - at.n)) * at.s;
+    constexpr float WHOLE = 12582912.0f;  // see Reduced
+    const float n = (larger(fma32(x, a, k), -FARTHEST) + WHOLE) - WHOLE;
+    return exp2_approx(fma32(x, a, k - n)) * exp2_approx(n);
 }
 
 // --- float64 --------------------------------------------------------------------------------
@@ -153,5 +227,10 @@ struct Exponential {
 
 DEVICE double exponential_tail(double t) { return Exponential(t).tail; }
 
+// The library's functions are long: what is needed once a row, or less, calls one copy of them.
+OUTLINED double exp2_called(double z) { return exp2(z); }
+OUTLINED double log_called(double z) { return log(z); }
+OUTLINED double log1p_called(double z) { return log1p(z); }
+
 // a - log1p(a) >= 0: what Jensen's inequality leaves.
-DEVICE double excess(double a) { return a - log1p(a); }
+DEVICE double excess(double a) { return a - log1p_called(a); }

@@ -59,6 +59,9 @@ constexpr double CANCELLATION = 16.0;
 // Rows that differ by more than this, or by more than that where y - x is rounded, are left alone.
 constexpr double APART = 1000.0, CLOSE = 16.0;
 
+// Vectors whose sums are added up in float32, of each of which they are taken apart.
+constexpr int MANY = 8;
+
 // Vectors of each row that a thread has asked for and not read.
 constexpr int AHEAD = 4;
 
@@ -69,43 +72,117 @@ constexpr int STATE = 12;
 struct Few {
     float S = 0.0f, D = 0.0f, B = 0.0f, G = 0.0f;
     float high = -INFINITY32, low = INFINITY32;  // of t
+
+    // Those of a vector.
+    DEVICE void add(float of_S, float of_D, float of_B, float of_G)
+    {
+        S += of_S;
+        D += of_D;
+        B += of_B;
+        G += of_G;
+    }
 };
 
-// Add entries to the sums: -inf in x alone or in y alone makes them NaN or infinite. EXACTLY
-// carries along what the subtraction y - x and the exponents of e round off.
-template <bool EXACTLY>
-DEVICE void add(Few& few, const float (&x)[VECTOR], const float (&y)[VECTOR], float a,
-                float reference, float c, float beta)
-{
+// What exponents are of: e = 2**(a x + reference), t = a (y - x) + c.
+struct Exponents {
+    float a, reference, c, beta;
+    float near;  // the largest |t| of terms that need no reduction
+
+    DEVICE Exponents(float a, float beta)
+        : a(a), reference(0.0f), c(0.0f), beta(beta),
+          near(RENYI ? NEAR_ONE / larger(1.0f, fabs(beta)) : NEAR_ONE)
+    {
+    }
+
+    // EXACTLY carries along what the subtraction y - x and the exponent of e round off.
+    template <bool EXACTLY>
+    DEVICE float weight(float x) const
+    {
+        return EXACTLY ? exp2_exactly(x, a, reference) : exp2_approx(fma32(x, a, reference));
+    }
+    template <bool EXACTLY>
+    DEVICE float ratio(float x, float y) const
+    {
+        if constexpr (!EXACTLY)
+            return fma32(y - x, a, c);
+        const Difference32 d(y, x);
+        return fma32(d.lost, a, fma32(d.value, a, c));
+    }
+    DEVICE float exponent(float x) const { return larger(fma32(x, a, reference), -200.0f); }
+    // What entries beyond `x` weigh at least, however they are rounded.
+    DEVICE float weight_below(float x) const { return 0.9999f * weight<false>(x); }
+};
+
+// The weights of the entries of a vector and their log-ratios.
+struct Weighted {
+    float e[VECTOR], t[VECTOR];
+    float S;    // sum of e
+    float far;  // the largest |t|, or NaN
+
+    template <bool EXACTLY>
+    DEVICE void weigh(const Exponents& of, const float (&x)[VECTOR])
+    {
 #pragma unroll
-    for (int i = 0; i < VECTOR; ++i) {
-        float e, t, z = 0.0f;
-        if constexpr (EXACTLY) {
-            const Difference32 d(y[i], x[i]);
-            e = exp2_exactly(x[i], a, reference);
-            t = fma32(d.lost, a, fma32(d.value, a, c));
-        } else {
-            z = fma32(x[i], a, reference);
-            e = exp2_approx(z);
-            t = fma32(y[i] - x[i], a, c);
-        }
-        const Power power(t);
-        few.S += e;
-        few.D = fma32(e, t, few.D);
-        few.B = fma32(e, power.phi, few.B);
-        few.high = larger(few.high, t);
-        if constexpr (BOTH)
-            few.G = fma32(e, power.psi, few.G);
-        if constexpr (CROSS) {
-            if constexpr (EXACTLY)
-                z = fma32(x[i], a, reference);
-            few.G = fma32(e, larger(z, -200.0f), few.G);
-        }
-        if constexpr (RENYI) {
-            few.low = smaller(few.low, t);
-            few.G = fma32(e, phi(t * -beta), few.G);
+        for (int i = 0; i < VECTOR; ++i) {
+            e[i] = of.weight<EXACTLY>(x[i]);
+            S = i ? S + e[i] : e[i];
         }
     }
+    template <bool EXACTLY>
+    DEVICE void compare(const Exponents& of, const float (&x)[VECTOR], const float (&y)[VECTOR])
+    {
+        far = 0.0f;
+#pragma unroll
+        for (int i = 0; i < VECTOR; ++i) {
+            t[i] = of.ratio<EXACTLY>(x[i], y[i]);
+            far = larger_or_nan(far, fabs(t[i]));
+        }
+    }
+};
+
+// Add entries to the sums of which no |t| is beyond `near`.
+DEVICE void add_near(Few& few, const Exponents& of, const Weighted& entries,
+                     const float (&x)[VECTOR])
+{
+    float D = 0.0f, B = 0.0f, G = 0.0f;
+#pragma unroll
+    for (int i = 0; i < VECTOR; ++i) {
+        const float t = entries.t[i], once = entries.e[i] * t, twice = once * t;
+        D += once;
+        B = fma32(twice, near_phi(t), B);
+        if constexpr (BOTH)
+            G = fma32(twice, near_psi(t), G);
+        if constexpr (RENYI)
+            G = fma32(twice, near_phi(t * -of.beta), G);
+        if constexpr (CROSS)
+            G = fma32(entries.e[i], of.exponent(x[i]), G);
+    }
+    few.add(entries.S, D, B, RENYI ? of.beta * of.beta * G : G);
+    few.high = larger(few.high, entries.far);
+    few.low = smaller(few.low, -entries.far);
+}
+
+// The same for any t. -inf in x alone or in y alone makes sums NaN or infinite.
+DEVICE void add(Few& few, const Exponents& of, const Weighted& entries, const float (&x)[VECTOR])
+{
+    float D = 0.0f, B = 0.0f, G = 0.0f;
+#pragma unroll
+    for (int i = 0; i < VECTOR; ++i) {
+        const float e = entries.e[i], t = entries.t[i];
+        const Power power(t);
+        D = fma32(e, t, D);
+        B = fma32(e, power.phi, B);
+        few.high = larger(few.high, t);
+        if constexpr (BOTH)
+            G = fma32(e, power.psi, G);
+        if constexpr (CROSS)
+            G = fma32(e, of.exponent(x[i]), G);
+        if constexpr (RENYI) {
+            few.low = smaller(few.low, t);
+            G = fma32(e, phi(t * -of.beta), G);
+        }
+    }
+    few.add(entries.S, D, B, G);
 }
 
 // What a thread, a part or a row has added up, but for the top. D, B and the G of divergences are
@@ -117,13 +194,13 @@ struct Sums {
     double c = 0.0;          // t = a (y - x) + c
     double S = 0.0, D = 0.0, B = 0.0, G = 0.0;
     double E = 0.0, F = 0.0; // what errors are in proportion to: those of B, and of Renyi's G
-    double high = -INFINITY64, low = INFINITY64;  // of a (y - x)
+    float high = -INFINITY32, low = INFINITY32;  // of a (y - x)
 
     DEVICE void add(const Few& few, double beta)
     {
-        high = larger(high, few.high - c);
+        high = larger(high, few.high - float_of(c));
         if (RENYI)
-            low = smaller(low, few.low - c);
+            low = smaller(low, few.low - float_of(c));
         if (few.high > FARTHEST)
             S = NAN64;
         S += few.S;
@@ -140,7 +217,7 @@ struct Sums {
     // One entry with weight e = 2**z and log-ratio t.
     DEVICE void add(double z, double t, double beta)
     {
-        const double e = exp2(z);
+        const double e = exp2_called(z);
         const Exponential exponential(smaller(t, 700.0));
         S += e;
         D = fma64(e, t, D);
@@ -169,7 +246,7 @@ struct Sums {
     DEVICE void refer_to(double to)
     {
         if (S != 0.0) {
-            const double h = to - reference, factor = exp2(h);
+            const double h = to - reference, factor = exp2_called(h);
             G = factor * (CROSS ? fma64(h, S, G) : G);
             S *= factor;
             D *= factor;
@@ -246,13 +323,22 @@ DEVICE float guess(const float (&x)[VECTOR], const float (&y)[VECTOR], float a, 
     return sums[0] > 0.0f ? -sums[1] / sums[0] : 0.0f;
 }
 
-// The sums of a thread over the entries that it reads.
+// log2(e)/T: what entries are multiplied with; and the order of Renyi less 1.
+DEVICE float factor(const Call& call) { return float_of(call.p.inverse_temperature * LOG2_OF_E); }
+DEVICE float order(const Call& call) { return float_of(call.parameters[0]); }
+
+// The sums of a thread over the entries that it reads of a part of a row.
 template <bool EXACTLY>
-OUTLINED Sums read(PairOfRows rows, float a, float beta)
+OUTLINED Sums read(const Call& call, int64 number, int64 part)
 {
+    const float a = factor(call), beta = order(call);
+    const int64 first = part * call.part_width, rest = call.width - first;
+    const PairOfRows rows(call, number, first,
+                          call.parts > 1 && rest > call.part_width ? call.part_width : rest);
     // A ring of places for each thread, of which the one that has been read is filled next.
     constexpr int RING = (AHEAD + 1) * THREADS;
     const Room room(kernel_shared(), RING);
+    const int last = AHEAD * THREADS;
     int place = thread_index();
 #pragma unroll
     for (int i = 0; i < AHEAD; ++i) {
@@ -266,64 +352,74 @@ OUTLINED Sums read(PairOfRows rows, float a, float beta)
     float bound = largest_of(x);
     const float largest_of_tile = team_larger(bound);
     sums.follow(largest_of_tile, a);
-    float c = guess(x, y, a, largest_of_tile);
-    sums.c = c;
+    Exponents of(a, beta);
+    of.c = guess(x, y, a, largest_of_tile);
+    sums.c = of.c;
     // Who has it takes it as a top.
     bound = bound == largest_of_tile ? -INFINITY32 : largest_of_tile;
-    float reference = float_of(sums.reference);
+    of.reference = float_of(sums.reference);
+    float weight_of_bound = of.weight_below(bound);
 
-    for (int vector = team_rank(); vector < rows.vectors;) {
+    // All threads of a warp go on until the last of them has nothing left: beyond the row is -inf.
+    const int stop = rows.vectors + thread_index() % 32;
+    for (int vector = team_rank(); vector < stop;) {
         Few few;
+        const int pause = vector + MANY * TEAM < stop ? vector + MANY * TEAM : stop;
 #pragma unroll 1
-        for (int n = 0; n < BLOCK && vector < rows.vectors; ++n, vector += TEAM) {
+        for (; vector < pause; vector += TEAM, place = place < last ? place + THREADS : place - last) {
             await_batches<AHEAD - 1>();
             room.unpack(place, x, y);
             const int before = place - THREADS;
             rows.copy(vector + AHEAD * TEAM, room, before < 0 ? before + RING : before);
             end_batch();
-            place += THREADS;
-            place = place < RING ? place : place - RING;
-            const float largest = largest_of(x);
-            float total = y[0];
+            Weighted entries;
+            entries.weigh<EXACTLY>(of, x);
+            // Where they weigh no more than the bound together, none is beyond it.
+            if (!(entries.S <= weight_of_bound)) {
+                const float largest = largest_of(x);
+                if (largest > bound) {
+                    const int at = place_of(x, largest);
+                    float other = 0.0f;
 #pragma unroll
-            for (int i = 1; i < VECTOR; ++i)
-                total += y[i];
-            if (largest > bound) {
-                const int at = place_of(x, largest);
-                float other = 0.0f;
+                    for (int i = 0; i < VECTOR; ++i)
+                        other = i == at ? y[i] : other;
+                    sums.add(few, beta);
+                    few = Few();
+                    sums.replace_top({largest, first + rows.index(vector) + at}, other, a, beta);
+                    bound = largest;
+                    if (fabs(fma64(double_of(largest), a, sums.reference)) > NEAR) {
+                        sums.follow(largest, a);
+                        of.reference = float_of(sums.reference);
+                    }
+                    weight_of_bound = of.weight_below(bound);
+                    // Registers have had more to do than to keep these.
+                    room.unpack(place, x, y);
 #pragma unroll
-                for (int i = 0; i < VECTOR; ++i) {
-                    other = i == at ? y[i] : other;
-                    x[i] = i == at ? -INFINITY32 : x[i];
-                    y[i] = i == at ? -INFINITY32 : y[i];
-                }
-                total = -INFINITY32;
-                sums.add(few, beta);
-                few = Few();
-                sums.replace_top({largest, rows.index(vector) + at}, other, a, beta);
-                bound = largest;
-                if (fabs(fma64(double_of(largest), a, sums.reference)) > NEAR) {
-                    sums.follow(largest, a);
-                    reference = float_of(sums.reference);
-                }
-            }
-            if (!(total > -INFINITY32)) {
-                // What is -inf in both rows gets an e that vanishes and a t near 0.
-                const float apart = (-300.0f - reference) / a;
-#pragma unroll
-                for (int i = 0; i < VECTOR; ++i) {
-                    const bool neither = x[i] == -INFINITY32 && y[i] == -INFINITY32;
-                    x[i] = neither ? apart : x[i];
-                    y[i] = neither ? apart - c / a : y[i];
+                    for (int i = 0; i < VECTOR; ++i) {
+                        x[i] = i == at ? -INFINITY32 : x[i];
+                        y[i] = i == at ? -INFINITY32 : y[i];
+                    }
+                    entries.weigh<EXACTLY>(of, x);
                 }
             }
-            add<EXACTLY>(few, x, y, a, reference, c, beta);
+            entries.compare<EXACTLY>(of, x, y);
+            if (!warp_any(!(entries.far <= of.near))) {
+                add_near(few, of, entries, x);
+                continue;
+            }
+            if (!(entries.far < INFINITY32)) {
+                // What is -inf in both rows has no weight.
+#pragma unroll
+                for (int i = 0; i < VECTOR; ++i)
+                    entries.t[i] = x[i] == -INFINITY32 && y[i] == -INFINITY32 ? 0.0f : entries.t[i];
+            }
+            add(few, of, entries, x);
         }
         sums.add(few, beta);
         if (sums.D * sums.D > sums.B * sums.S) {
             // Half of B or more comes from a c that is off the mean of x - y.
-            c = float_of(sums.c - sums.D / sums.S * LOG2_OF_E);
-            sums.move_to(c, beta);
+            of.c = float_of(sums.c - sums.D / sums.S * LOG2_OF_E);
+            sums.move_to(of.c, beta);
         }
     }
     await_batches<0>();
@@ -331,8 +427,9 @@ OUTLINED Sums read(PairOfRows rows, float a, float beta)
 }
 
 // The sums of all threads, or parts, as one.
-DEVICE Sums together(Sums sums, double a, double beta)
+OUTLINED Sums together(const Call& call, Sums sums)
 {
+    const double a = factor(call), beta = order(call);
     const Top top = team_top(sums.top);
     const float top_y = team_add(sums.top.index == top.index ? sums.top_y : 0.0f);
     sums.adopt(top, top_y, a, beta);
@@ -349,19 +446,18 @@ DEVICE Sums together(Sums sums, double a, double beta)
     sums.G = all[3];
     sums.E = all[4];
     sums.F = all[5];
-    double range[2] = {sums.high, -sums.low};
+    float range[2] = {sums.high, -sums.low};
     team_join<Larger>(range);
     sums.high = range[0];
     sums.low = -range[1];
     return sums;
 }
 
-// The sums of a whole row, for the block that brings the last part of it; false for the others.
-DEVICE bool complete(const Call& call, int64 row, int64 part, double a, double beta, Sums& sums)
+// Leave the sums of a part where others find them.
+DEVICE void store(const Call& call, int64 row, int64 part, const Sums& sums)
 {
-    double* states = call.states + row * call.parts * STATE;
     if (team_rank() == 0) {
-        double* state = states + part * STATE;
+        double* state = call.states + (row * call.parts + part) * STATE;
         state[0] = double_of(sums.top.value);
         state[1] = static_cast<double>(sums.top.index);
         state[2] = double_of(sums.top_y);
@@ -371,13 +467,18 @@ DEVICE bool complete(const Call& call, int64 row, int64 part, double a, double b
         state[6] = sums.B;
         state[7] = sums.G;
         state[8] = sums.E;
-        state[9] = sums.high;
-        state[10] = sums.low;
+        state[9] = double_of(sums.high);
+        state[10] = double_of(sums.low);
         state[11] = sums.F;
     }
-    if (!is_last_part(call, row))
-        return false;
-    sums = Sums();
+}
+
+// The sums of a row from those of its parts.
+OUTLINED Sums of_parts(const Call& call, int64 row)
+{
+    const double a = factor(call), beta = order(call);
+    const double* states = call.states + row * call.parts * STATE;
+    Sums sums;
     for (int64 i = team_rank(); i < call.parts; i += TEAM) {
         const volatile double* state = states + i * STATE;
         const Top other = {float_of(state[0]), static_cast<int64>(state[1])};
@@ -409,11 +510,10 @@ DEVICE bool complete(const Call& call, int64 row, int64 part, double a, double b
         sums.G += other.G;
         sums.E += other.E;
         sums.F += other.F;
-        sums.high = larger(sums.high, state[9]);
-        sums.low = smaller(sums.low, state[10]);
+        sums.high = larger(sums.high, float_of(state[9]));
+        sums.low = smaller(sums.low, float_of(state[10]));
     }
-    sums = together(sums, a, beta);
-    return true;
+    return together(call, sums);
 }
 
 struct Values {
@@ -421,20 +521,20 @@ struct Values {
 };
 
 // What the sums of a row are worth: UNFINISHED where they do not carry it.
-DEVICE Values values_of(Sums sums, double a, double beta, double limit, bool exactly)
+OUTLINED Values values_of(const Call& call, Sums sums, bool exactly)
 {
-    limit *= LOG2_OF_E;
+    const double a = factor(call), beta = order(call), limit = call.parameters[1] * LOG2_OF_E;
     bool good = sums.high + sums.c <= limit;
     if (RENYI)
         good = good && (sums.low + sums.c) * fabs(beta) >= -limit;
-    double entropy = log1p(sums.S);
+    double entropy = log1p_called(sums.S);
     const double rest = sums.S;
     if (CROSS)
         entropy += sums.G * -LOG_OF_2 / (1.0 + rest);
     sums.add(0.0, sums.ratio_of_top(a), beta);
     const double S = sums.S, c = sums.c * LOG_OF_2, A = (sums.B + sums.D) / S;
     // For large A or C, where it cancels, what is the same without B or G.
-    const double ratio = log1p(A);
+    const double ratio = log1p_called(A);
     double value = A > 1.0 ? ratio - sums.D / S : sums.B / S - (A - ratio);
     // Where the rows differ by a constant c, the rounding of y - x makes errors of c 2**-24 in t,
     // which average out over the S or more symbols that carry the mass. The top's own t is exact:
@@ -454,7 +554,7 @@ DEVICE Values values_of(Sums sums, double a, double beta, double limit, bool exa
     double error = sums.E / (S * (1.0 + A));
     if (RENYI) {
         const double C = (sums.G - beta * sums.D) / S;
-        value += (C > 1.0 ? log1p(C) + beta * sums.D / S : sums.G / S - excess(C)) / beta;
+        value += (C > 1.0 ? log1p_called(C) + beta * sums.D / S : sums.G / S - excess(C)) / beta;
         error += sums.F / (S * (1.0 + C) * fabs(beta));
     }
     good = good && error <= CANCELLATION * value && noise <= value && fabs(c) < APART;
@@ -463,33 +563,28 @@ DEVICE Values values_of(Sums sums, double a, double beta, double limit, bool exa
     return {larger(value, 0.0), larger(other, 0.0)};
 }
 
-KERNEL(THREADS, BLOCKS) one_pass(const Call call)
+KERNEL(THREADS, BLOCKS) one_pass(ARGUMENT Call call)
 {
     // Sums of entries of 32 bits carry along what is rounded off; those of 16, whose differences
     // are nearly always exact, only where that is not enough.
     constexpr bool WIDE = Entry<DTYPE_P>::size == 4 && Entry<DTYPE_Q>::size == 4;
-    const float a = float_of(call.p.inverse_temperature * LOG2_OF_E);
-    const float beta = float_of(call.parameters[0]);
-    const double limit = call.parameters[1];
-    const int64 step = block_count() * TEAMS, items = call.count * call.parts;
-    for (int64 item = block_index() * TEAMS + team_in_block(); item < items; item += step) {
+    for (int64 item = block_index() * TEAMS + team_in_block(); item < call.count * call.parts;
+         item += block_count() * TEAMS) {
         const int64 number = item / call.parts, part = item % call.parts;
-        double* results = call.values + number * call.columns;
         Values values = {NAN64, NAN64};
         if (is_read(call, number)) {
-            const int64 first = part * call.part_width, rest = call.width - first;
-            const PairOfRows rows(call, number, first,
-                                  call.parts > 1 && rest > call.part_width ? call.part_width : rest);
-            Sums sums;
             bool mine = true;  // whether this team finishes the row
             for (bool exactly = WIDE || call.parts > 1;; exactly = true) {
-                sums = exactly ? read<true>(rows, a, beta) : read<false>(rows, a, beta);
-                sums = together(sums, a, beta);
+                Sums sums = exactly ? read<true>(call, number, part) : read<false>(call, number, part);
+                sums = together(call, sums);
                 if (call.parts > 1) {
-                    sums.top.index += first;
-                    mine = complete(call, number, part, a, beta, sums);
+                    store(call, number, part, sums);
+                    mine = is_last_part(call, number);
+                    if (!mine)
+                        break;
+                    sums = of_parts(call, number);
                 }
-                values = values_of(sums, a, beta, limit, exactly);
+                values = values_of(call, sums, exactly);
                 if (exactly || !is_unfinished(values.value))
                     break;
             }
@@ -500,6 +595,7 @@ KERNEL(THREADS, BLOCKS) one_pass(const Call call)
                 values = {UNFINISHED, UNFINISHED};
         }
         if (team_rank() == 0) {
+            double* results = call.values + number * call.columns;
             results[0] = values.value;
             if (BOTH)
                 results[1] = values.other;

@@ -16,6 +16,16 @@ struct PairOfVectors {
     }
 };
 
+// Entries [from, to) of both rows, one by one, and -inf for the others. At the ends of rows, or
+// where vectors are not aligned: called from many places, and seldom.
+OUTLINED PairOfVectors load_entries(const char* x, const char* y, int from, int to)
+{
+    PairOfVectors pair;
+    pair.p.load_some(x, from, to);
+    pair.q.load_some(y, from, to);
+    return pair;
+}
+
 // Room for vectors of both rows in shared memory.
 struct Room {
     Packed<DTYPE_P, VECTOR>* p;
@@ -29,8 +39,8 @@ struct Room {
 
     DEVICE void unpack(int place, float (&x)[VECTOR], float (&y)[VECTOR]) const
     {
-        p[place].unpack(x);
-        q[place].unpack(y);
+        Packed<DTYPE_P, VECTOR>::from(p + place).unpack(x);
+        Packed<DTYPE_Q, VECTOR>::from(q + place).unpack(y);
     }
 };
 
@@ -65,7 +75,7 @@ struct PairOfRows {
             pair.p.template load<false>(at_x(vector));
             pair.q.template load<false>(at_y(vector));
         } else {
-            load_some(vector, pair.p, pair.q);
+            pair = load_some(vector);
         }
         return pair;
     }
@@ -77,7 +87,9 @@ struct PairOfRows {
             room.p[place].copy(at_x(vector));
             room.q[place].copy(at_y(vector));
         } else {
-            load_some(vector, room.p[place], room.q[place]);
+            const PairOfVectors pair = load_some(vector);
+            room.p[place] = pair.p;
+            room.q[place] = pair.q;
         }
     }
 
@@ -89,12 +101,12 @@ struct PairOfRows {
     {
         return y + static_cast<int64>(vector) * (VECTOR * Entry<DTYPE_Q>::size);
     }
-    DEVICE void load_some(int vector, Packed<DTYPE_P, VECTOR>& p, Packed<DTYPE_Q, VECTOR>& q) const
+    // Which entries of a vector there are.
+    DEVICE PairOfVectors load_some(int vector) const
     {
         const int from = vector == 0 ? skew : 0;
         const int to = vector < vectors - 1 ? VECTOR : vector < vectors ? end : 0;
-        p.load_some(at_x(vector), from, to);
-        q.load_some(at_y(vector), from, to);
+        return load_entries(at_x(vector), at_y(vector), from, to);
     }
 
     // Whether the rows differ anywhere, as numbers; all threads of the team ask.

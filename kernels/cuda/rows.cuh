@@ -130,7 +130,7 @@ DEVICE int place_of(const float (&x)[VECTOR], float entry)
 }
 #endif
 
-// VECTOR entries of one array, as they lie in memory: 16 bytes, or 32.
+// VECTOR entries of one array, as they lie in memory: 16 bytes, or 32, or what results take.
 template <int DTYPE, int COUNT>
 struct alignas(16) Packed {
     static constexpr int WORDS = COUNT * Entry<DTYPE>::size / 4;
@@ -155,7 +155,21 @@ struct alignas(16) Packed {
         }
     }
 
-    // The same for what lies in shared memory, on its own.
+    // From a place in shared memory.
+    static DEVICE Packed from(const Packed* at)
+    {
+        Packed packed;
+#pragma unroll
+        for (int i = 0; i < LOADS; ++i) {
+            const Bytes16 bytes = load_shared(reinterpret_cast<const Bytes16*>(at) + i);
+#pragma unroll
+            for (int j = 0; j < 4; ++j)
+                packed.word[4 * i + j] = bytes.word[j];
+        }
+        return packed;
+    }
+
+    // To a place in shared memory, on its own.
     DEVICE void copy(const char* at)
     {
 #pragma unroll
@@ -194,6 +208,41 @@ struct alignas(16) Packed {
                 x[2 * i] = half_low(word[i]);
                 x[2 * i + 1] = half_high(word[i]);
             }
+        }
+    }
+
+    // Rounded to the nearest.
+    DEVICE void pack(const float* x)
+    {
+#pragma unroll
+        for (int i = 0; i < WORDS; ++i) {
+            if constexpr (DTYPE == FLOAT32)
+                word[i] = as_bits(x[i]);
+            else if constexpr (DTYPE == BFLOAT16)
+                word[i] = bfloats_of(x[2 * i], x[2 * i + 1]);
+            else
+                word[i] = halves_of(x[2 * i], x[2 * i + 1]);
+        }
+    }
+
+    // Entries [begin, end) to memory; all of them at once, where 16 bytes can be.
+    DEVICE void store(char* at, int begin, int end) const
+    {
+        if (WORDS % 4 == 0 && begin <= 0 && end >= COUNT && reinterpret_cast<uint64>(at) % 16 == 0) {
+#pragma unroll
+            for (int i = 0; i + 3 < WORDS; i += 4)
+                *reinterpret_cast<Bytes16*>(at + 4 * i) = {word[i], word[i + 1], word[i + 2],
+                                                           word[i + 3]};
+            return;
+        }
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) {
+            if (i < begin || i >= end)
+                continue;
+            if constexpr (DTYPE == FLOAT32)
+                reinterpret_cast<uint32*>(at)[i] = word[i];
+            else
+                reinterpret_cast<uint16*>(at)[i] = static_cast<uint16>(word[i / 2] >> i % 2 * 16);
         }
     }
 };

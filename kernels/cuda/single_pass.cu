@@ -208,52 +208,23 @@ DEVICE void read_exactly(const Vectors& row, double inverse_temperature, Sums& s
 
 // --- what is written ------------------------------------------------------------------------
 
-// A float32 number as the type of the result.
-template <int DTYPE>
-DEVICE uint32 bits_as(float value)
-{
-    if constexpr (DTYPE == FLOAT32)
-        return as_bits(value);
-    else if constexpr (DTYPE == FLOAT16)
-        return half_of(value);
-    else
-        return (as_bits(value) + 0x7fffu + (as_bits(value) >> 16 & 1u)) >> 16;
-}
-
 // out = (x - top)/T - log_s of one row; the top itself gets -log_s exactly.
 template <int DTYPE>
 DEVICE void write(const Vectors& row, const Vector* kept, int64 resident, char* out, float inverse,
                   float top, float log_s)
 {
-    constexpr int SIZE = Entry<DTYPE>::size, WORDS = VECTOR * SIZE / 4;
     const int64 vectors = (row.width + row.skew + VECTOR - 1) / VECTOR;
     for (int64 vector = team_rank(); vector < vectors; vector += TEAM) {
         float x[VECTOR];
         (vector < resident ? kept[vector] : row.load<false>(vector)).unpack(x);
-        uint32 word[WORDS] = {};
 #pragma unroll
-        for (int i = 0; i < VECTOR; ++i) {
-            const float value = fma32(x[i] - top, inverse, -log_s);
-            word[i * SIZE / 4] |= bits_as<DTYPE>(value) << i * SIZE % 4 * 8;
-        }
-        const int64 first = vector * VECTOR - row.skew;
-        char* at = out + first * SIZE;
-        if (WORDS % 4 == 0 && row.whole(vector) && reinterpret_cast<uint64>(at) % 16 == 0) {
-#pragma unroll
-            for (int i = 0; i + 3 < WORDS; i += 4)
-                *reinterpret_cast<Bytes16*>(at + 4 * i) = {word[i], word[i + 1], word[i + 2],
-                                                           word[i + 3]};
-            continue;
-        }
-#pragma unroll
-        for (int i = 0; i < VECTOR; ++i) {
-            if (first + i < 0 || first + i >= row.width)
-                continue;
-            if constexpr (SIZE == 4)
-                reinterpret_cast<uint32*>(at)[i] = word[i];
-            else
-                reinterpret_cast<uint16*>(at)[i] = static_cast<uint16>(word[i / 2] >> i % 2 * 16);
-        }
+        for (int i = 0; i < VECTOR; ++i)
+            x[i] = fma32(x[i] - top, inverse, -log_s);
+        Packed<DTYPE, VECTOR> result;
+        result.pack(x);
+        const int64 first = vector * VECTOR - row.skew, rest = row.width - first;
+        result.store(out + first * Entry<DTYPE>::size, first < 0 ? static_cast<int>(-first) : 0,
+                     rest < VECTOR ? static_cast<int>(rest) : VECTOR);
     }
 }
 

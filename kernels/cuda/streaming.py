@@ -8,7 +8,7 @@ memory is taken than these four pieces, or what two pairs of rows need.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from klfast._dispatch import Result
 
 from . import launches
 
-__all__ = ["log_softmax", "values_of"]
+__all__ = ["gradients_of", "log_softmax", "stream", "values_of"]
 
 Values = NDArray[np.float64]
 Numbers = NDArray[np.int64]
@@ -122,19 +122,21 @@ def _streams(device: int) -> tuple[Any, Any]:
     return kept[device]
 
 
-def _stream(
-    arrays: Sequence[_Array],
+def stream(
+    batches: Sequence[Rows],
     numbers: Numbers,
-    tokens: Numbers | None,
+    words: NDArray[Any] | None,
     result_bytes: int,
     queue: Callable[[list[Rows], Any, int], None],
     store: Callable[[Numbers, NDArray[np.uint8]], None],
 ) -> None:
     """Send rows to the device, and have what is queued for each chunk write its results there.
 
-    ``queue`` gets the rows on the device, a pointer to their tokens and the address of the results,
-    which take ``result_bytes`` a row; ``store`` takes these from the host's memory.
+    ``words`` are 8 bytes a row that are sent with it, such as its token. ``queue`` gets the rows on
+    the device, a pointer to their words and the address of the results, which take ``result_bytes``
+    a row; ``store`` takes these from the host's memory.
     """
+    arrays = [_Array.of(each) for each in batches]
     row_bytes = result_bytes + 8 + sum(array.pitch for array in arrays if not array.repeated)
     at_a_time = min(len(numbers), max(1, CHUNK // row_bytes))
     size = 8 * at_a_time + PITCH + sum(array.bytes_of(at_a_time) for array in arrays)
@@ -161,17 +163,17 @@ def _stream(
                     table[at : at + len(rows)] = rows
                     at += len(rows)
                 position += array.bytes_of(count)
-            tokens_here = None
-            if tokens is not None:
-                tokens_here = piece.device[0] + position
-                pinned[position : position + 8 * count] = tokens[some].view(np.uint8)
+            words_here = None
+            if words is not None:
+                words_here = piece.device[0] + position
+                pinned[position : position + 8 * count] = words[some].view(np.uint8)
                 position += 8 * count
             copy(here, piece.pinned[0].ptr, position, TO_DEVICE, copying.ptr)
             piece.sent.record(copying)
             computing.wait_event(piece.sent)
             length = result_bytes * count
             with computing:
-                queue(on_device, tokens_here, results)
+                queue(on_device, words_here, results)
                 copy(piece.pinned[1].ptr, results, length, TO_HOST, computing.ptr)
             piece.done.record(computing)
 
@@ -214,24 +216,71 @@ def values_of(
             values[some] = found_here
 
     numbers = np.arange(p.count) if rows is None else rows
-    arrays = [_Array.of(each) for each in (p, q) if each is not None]
-    _stream(arrays, numbers, tokens, 8 * len(metrics), queue, store)
+    batches = [each for each in (p, q) if each is not None]
+    stream(batches, numbers, tokens, 8 * len(metrics), queue, store)
     return found
+
+
+def gradients_of(
+    metric: tuple[str, tuple[float, ...]],
+    p: Rows,
+    q: Rows | None,
+    rows: Numbers | None,
+    values: Values,
+    scale: Values,
+    into: Mapping[str, Rows],
+) -> None:
+    """Write values of an operation, and its gradients times ``scale`` into memory of the host."""
+    targets = {side: _Array.of(each) for side, each in into.items()}
+
+    def places(count: int) -> dict[str, int]:
+        """Where in the results of a chunk the gradients begin, before the values."""
+        found, position = {}, 0
+        for side, target in targets.items():
+            found[side] = position
+            position += target.pitch * count
+        return found | {"": position}
+
+    def queue(on_device: list[Rows], scales: Any, address: int) -> None:
+        first, second = on_device[0], on_device[1] if q is not None else None
+        at = places(first.count)
+        out = replace(first, address=address + at[""], dtype="float64", row_stride=8)
+        gradients = {
+            side: target.on_device(address + at[side], first.count)
+            for side, target in targets.items()
+        }
+        launches.differentiate(metric, first, second, None, Result(out), scales, gradients)
+
+    def store(some: Numbers, stored: NDArray[np.uint8]) -> None:
+        at = places(len(some))
+        values[some] = stored[at[""] :].view(np.float64)
+        for side, target in targets.items():
+            _scatter(target.table(stored[at[side] :], len(some)), into[side], some)
+
+    numbers = np.arange(p.count) if rows is None else rows
+    batches = [each for each in (p, q) if each is not None]
+    size = 8 + sum(target.pitch for target in targets.values())
+    stream(batches, numbers, scale, size, queue, store)
+
+
+def _scatter(table: NDArray[Any], out: Rows, numbers: Numbers) -> None:
+    """Copy rows to those of these numbers, on the host."""
+    at = 0
+    for target in _some_rows(out, numbers, writable=True):
+        target[...] = table[at : at + len(target)]
+        at += len(target)
 
 
 def log_softmax(x: Rows, rows: Numbers | None, out: Rows) -> None:
     """Write the log-probabilities of every entry into the memory of ``out``, on the host."""
-    array, results = _Array.of(x), _Array.of(out)
+    results = _Array.of(out)
 
     def queue(on_device: list[Rows], tokens_here: Any, address: int) -> None:
         (source,) = on_device
         launches.log_softmax(source, None, results.on_device(address, source.count))
 
     def store(some: Numbers, stored: NDArray[np.uint8]) -> None:
-        table, at = results.table(stored, len(some)), 0
-        for target in _some_rows(out, some, writable=True):
-            target[...] = table[at : at + len(target)]
-            at += len(target)
+        _scatter(results.table(stored, len(some)), out, some)
 
     numbers = np.arange(x.count) if rows is None else rows
-    _stream([array], numbers, None, results.pitch, queue, store)
+    stream([x], numbers, None, results.pitch, queue, store)

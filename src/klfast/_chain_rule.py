@@ -10,6 +10,7 @@ computes in one phase follows from the same quantity of the parts and of the mas
     S - 1           sum w^a z^(1-a) (S_s - 1)       +  sum w^a z^(1-a) - 1
     Renyi entropy   log sum w^a exp((1-a) H_s) / (1-a)
     -log p[token]   the smallest of  -log p_s[token] - log w_s  (infinite where it is not in s)
+    max log(p/q)    kept as the two entries where it is, of which it follows once m, L, r are known
 
 Nothing in these sums cancels: terms have one sign, and the second ones vanish with d as the
 divergences of two rows of two entries do, so that the relative accuracy of the parts is that of the
@@ -50,7 +51,7 @@ from .reference import (
     _Pair,
 )
 
-__all__ = ["HEADER", "SECOND_PHASE", "Measure", "merge", "needed", "value_of"]
+__all__ = ["HEADER", "SECOND_PHASE", "TOP_RATIO", "Measure", "merge", "needed", "value_of"]
 
 Array = NDArray[np.float64]
 
@@ -68,6 +69,9 @@ HEADER = {1: ("max_p", "log_sum_p"), 2: ("max_p", "log_sum_p", "max_q", "log_sum
 #: What is summed once the masses are known.
 SECOND_PHASE = ("js", "tv")
 
+#: The entries of both rows where log(p/q) is largest, -inf where there is none.
+TOP_RATIO = (Measure("top_ratio_p"), Measure("top_ratio_q"))
+
 _LARGEST = float(np.finfo(np.float64).max)
 #: Orders below this are 0.
 _TINY = 1e-300
@@ -77,13 +81,14 @@ def needed(name: str, parameters: tuple[float, ...]) -> tuple[Measure, ...]:
     """What has to be known of the parts for an operation of the table."""
     (order,) = parameters or (1.0,)
     zero = order < _TINY
+    if name == "renyi" and order == math.inf:
+        return TOP_RATIO
     if name in ("renyi", "alpha", "tsallis") and order == 1.0:
         return (Measure("kl"),)
-    if name == "renyi":
-        return (Measure("renyi", (0.0 if zero else order,)),)
     if name == "alpha" and zero:
         return (Measure("reverse_kl"),)
-    if name in ("alpha", "tsallis"):
+    if name in ("renyi", "alpha", "tsallis"):
+        # Of a part with little mass S may be large: what is known of log S must carry it.
         return (Measure("renyi", (0.0,)) if zero else Measure("log_power", (order,)),)
     if name == "renyi_entropy" and order != 1.0:
         return () if order == math.inf else (Measure(name, parameters),)
@@ -268,9 +273,6 @@ def _hellinger2(parts: _Parts, values: Array, parameters: tuple[float, ...]) -> 
 def _renyi(parts: _Parts, values: Array, parameters: tuple[float, ...]) -> Array:
     (alpha,) = parameters
     pair = parts.pair
-    if alpha == math.inf:
-        largest: Array = np.max(np.where(pair.log_p == -np.inf, -np.inf, pair.d + values), axis=-1)
-        return np.maximum(largest, 0.0)
     if alpha == 0.0:
         # The Q-mass within and without P's support.
         values = np.where(parts.p.empty, np.inf, values)
@@ -281,7 +283,13 @@ def _renyi(parts: _Parts, values: Array, parameters: tuple[float, ...]) -> Array
     exponent = turned.log_p + _multiple(beta, turned.d)  # log(w^alpha z^(1-alpha))
     exponent = np.where(turned.log_p == -np.inf, -np.inf, exponent)
     log_sums = (alpha - 1.0) * values
-    within = _weighted(np.where(log_sums == 0.0, 0.0, np.exp(exponent)), np.expm1(log_sums))
+    weight = np.exp(exponent)
+    # One of the factors may be out of range where their product is not.
+    change = np.where(
+        log_sums < 1.0, weight * np.expm1(log_sums), np.exp(exponent + log_sums) - weight
+    )
+    nothing = (log_sums == 0.0) | (exponent == -np.inf)
+    within = np.sum(np.where(nothing, 0.0, change), axis=-1)
     excess = _excess(pair, alpha) + within
     far = np.logaddexp.reduce(np.where(exponent == -np.inf, -np.inf, exponent + log_sums), axis=-1)
     return np.maximum(_log1p_or(excess, far) / (alpha - 1.0), 0.0)
@@ -313,6 +321,21 @@ def _index(side: _Side, values: Array) -> Array:
     return np.where(a > b, values[:, 0], np.where(b > a, values[:, 1], first))
 
 
+def _with_top_ratio(
+    p: Array, q: Array, temperatures: tuple[float, float], probabilities: bool
+) -> NDArray[np.int64]:
+    """The part whose entries have the larger log(p/q), of those in the support of P."""
+    rank = np.where(p == -np.inf, 0, np.where(q == -np.inf, 2, 1))
+    ahead = _distance(p, q, temperatures, probabilities)
+    first = np.where(rank[:, 0] == rank[:, 1], ahead >= 0.0, rank[:, 0] > rank[:, 1])
+    return np.where(first, 0, 1)[:, None]
+
+
+def _only(parts: _Parts, values: Array, parameters: tuple[float, ...]) -> Array:
+    """Of one part, which has been chosen."""
+    return values[:, 0]
+
+
 def _of(side: str, rule: Callable[[_Side, Array], Array]) -> Callable[..., Array]:
     def of_side(parts: _Parts, values: Array, parameters: tuple[float, ...]) -> Array:
         chosen = parts.p if side == "p" else parts.q
@@ -333,6 +356,8 @@ _RULES: dict[str, Callable[[_Parts, Array, tuple[float, ...]], Array]] = {
     "renyi_entropy": _renyi_entropy,
     "nll_p": _of("p", _surprise),
     "nll_q": _of("q", _surprise),
+    "top_ratio_p": _only,
+    "top_ratio_q": _only,
     "top_index_p": _of("p", _index),
     "top_index_q": _of("q", _index),
 }
@@ -354,8 +379,14 @@ def merge(
         columns = [parts.p.merged_max, parts.p.merged_log_sum]
         if parts.q is not None:
             columns += [parts.q.merged_max, parts.q.merged_log_sum, parts.log_ratio]
-        for number, measure in enumerate(measures, start=count):
-            columns.append(_RULES[measure.name](parts, states[:, number], measure.parameters))
+        known = dict(zip(measures, np.moveaxis(states[:, count:], 1, 0), strict=True))
+        if TOP_RATIO[0] in known:
+            p, q = (known[each] for each in TOP_RATIO)
+            chosen = _with_top_ratio(p, q, temperatures, probabilities)
+            for each in TOP_RATIO:
+                known[each] = np.take_along_axis(known[each], chosen, axis=-1)
+        for measure, values in known.items():
+            columns.append(_RULES[measure.name](parts, values, measure.parameters))
         return np.stack(columns, axis=-1)
 
 
@@ -367,11 +398,16 @@ def value_of(
     parameters: tuple[float, ...],
     columns: dict[str, Array],
     values: dict[Measure, Array],
-    temperature: float,
+    temperatures: tuple[float, float],
     probabilities: bool,
 ) -> Array:
     """The value of an operation of one phase, in nats; NaN is put where it belongs elsewhere."""
     of = [values[measure] for measure in needed(name, parameters)]
+    if name == "renyi" and parameters[0] == math.inf:
+        p, q = (np.stack([each, columns[f"max_{side}"]], axis=-1)
+                for side, each in zip("pq", of, strict=True))  # fmt: skip
+        ratio = _distance(p, q, temperatures, probabilities) - columns["log_ratio"]
+        return np.where(of[1] == -np.inf, np.inf, np.maximum(ratio, 0.0))
     if name in ("jeffreys", "cross_entropy"):
         return of[0] + of[1]
     if name in ("alpha", "tsallis", "chi2"):
@@ -385,7 +421,7 @@ def value_of(
     if name == "logsumexp":
         largest = columns["max_p"]
         largest = np.log(largest) if probabilities else largest
-        return largest / temperature + columns["log_sum_p"]
+        return largest / temperatures[0] + columns["log_sum_p"]
     if name == "top_p":
         return np.exp(-columns["log_sum_p"])
     if name == "renyi_entropy" and not of:

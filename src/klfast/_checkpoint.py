@@ -1,9 +1,10 @@
 """Checkpoints: what an evaluation job has done, in a folder, so that a killed job can go on.
 
-``job.json`` says which job it is: the files compared, with size and time of change, and the
-settings. Each ``rows-START-STOP.npz`` holds the columns of those rows for every candidate. Every
-file is written under another name, synced and renamed: whenever the job is killed, the files that
-are there are whole, and the rows that they hold without a gap are done.
+``job.json`` says which job it is: the files compared, with size and time of change, the settings,
+and which files could not be read: those may have changed when the job goes on. Each
+``rows-START-STOP.npz`` holds the columns of those rows for every candidate. Every file is written
+under another name, synced and renamed: whenever the job is killed, the files that are there are
+whole, and the rows that they hold are done.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import glob
 import json
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from ._sources import LogitSource, SourceError
 Part = dict[str, NDArray[Any]]
 
 _JOB = "job.json"
+_UNREADABLE = "unreadable"
 _FORMAT = {"format": "klfast checkpoint", "version": 1}
 
 
@@ -48,11 +50,14 @@ class Checkpoint:
 
     def __init__(self, folder: Path, job: Mapping[str, Any], resume: bool) -> None:
         self.folder = folder
-        self.rows = 0  # that are done
-        content = {**_FORMAT, **json.loads(json.dumps(job))}
+        self._content = {**_FORMAT, **json.loads(json.dumps(job))}
+        self._unreadable: list[str] = []
         if folder.exists() and not folder.is_dir():
             raise SourceError(f"{folder}: is not a folder, which a checkpoint needs")
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SourceError(f"{folder}: cannot be made ({error.strerror or error})") from error
         for unfinished in folder.glob(".*.tmp"):
             unfinished.unlink(missing_ok=True)
         if (folder / _JOB).exists():
@@ -61,39 +66,51 @@ class Checkpoint:
                     f"{folder}: holds a checkpoint; continue it with --resume (resume=True), or "
                     "delete the folder to begin again"
                 )
-            self._check(content)
-            return
-        if any(folder.glob("rows-*.npz")):
+            self._check(self._content)
+        elif any(folder.glob("rows-*.npz")):
             raise SourceError(f"{folder}: holds rows but no {_JOB}; delete the folder")
-        with replacing(folder / _JOB) as temporary:
+        self._write()
+
+    def _write(self) -> None:
+        content = {**self._content, _UNREADABLE: self._unreadable}
+        with replacing(self.folder / _JOB) as temporary:
             temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
-    def parts(self) -> Iterator[Part]:
-        """What is done, in order."""
-        found = {start: (stop, path) for start, stop, path in self._listed()}
-        while self.rows in found:
-            stop, path = found[self.rows]
-            yield _loaded(path)
-            self.rows = stop
+    def note_unreadable(self, file: str) -> None:
+        """Let this file have changed when the job goes on."""
+        path = str(Path(file).absolute())
+        if path not in self._unreadable:
+            self._unreadable.append(path)
+            self._write()
 
-    def scattered(self) -> Iterator[tuple[int, int, Part]]:
-        """What is done with its first row and the row after the last, gaps or not."""
+    def parts(self) -> Iterator[tuple[int, int, Part]]:
+        """What is done in order, with its first row and the row after the last."""
         stop = 0
         for start, end, path in sorted(self._listed()):
             if start >= stop:
                 yield start, end, _loaded(path)
                 stop = end
 
-    def put(self, start: int, stop: int, part: Part) -> None:
-        """Keep the columns of any rows."""
-        path = self.folder / f"rows-{start:012d}-{stop:012d}.npz"
-        with replacing(path) as temporary, temporary.open("wb") as file:
-            np.savez(file, **part)  # type: ignore[arg-type]
+    def put(self, parts: Sequence[tuple[int, int, Part]]) -> None:
+        """Keep the columns of these rows, those that follow each other in one file."""
+        together: list[tuple[int, int, Part]] = []
+        for start, stop, part in [*sorted(parts, key=lambda each: each[:2]), (-1, -1, {})]:
+            if together and together[-1][1] != start:
+                first, last = together[0][0], together[-1][1]
+                path = self.folder / f"rows-{first:012d}-{last:012d}.npz"
+                with replacing(path) as temporary, temporary.open("wb") as file:
+                    np.savez(file, **_joined([each for _, _, each in together]))  # type: ignore[arg-type]
+                together = []
+            together.append((start, stop, part))
 
-    def add(self, stop: int, part: Part) -> None:
-        """Keep the columns of the rows from those that are done to ``stop``."""
-        self.put(self.rows, stop, part)
-        self.rows = stop
+    def drop(self, first: int, last: int, parts: Sequence[tuple[int, int, Part]]) -> None:
+        """Keep nothing of these rows; what was kept with them is among ``parts``, without them."""
+        gone = []
+        for start, stop, path in self._listed():
+            if start < last and first < stop:
+                path.unlink()
+                gone.append((start, stop))
+        self.put([part for part in parts if any(a <= part[0] and part[1] <= b for a, b in gone)])
 
     def _listed(self) -> Iterator[tuple[int, int, Path]]:
         """First row, row after the last, and file of every part."""
@@ -109,12 +126,33 @@ class Checkpoint:
             raise SourceError(f"{path}: cannot be read ({error})") from error
         if not isinstance(known, dict) or any(known.get(k) != v for k, v in _FORMAT.items()):
             raise SourceError(f"{path}: is not the checkpoint of an evaluation job")
+        unreadable = set(known.pop(_UNREADABLE, []))
         for name in {**known, **job}:
-            was, now = known.get(name), job.get(name)
+            was, now = (_without(each.get(name), unreadable) for each in (known, job))
             if was != now:
                 raise SourceError(
                     f"{self.folder}: belongs to another job: {_change(name, was, now)}"
                 )
+
+
+def _joined(parts: Sequence[Part]) -> Part:
+    """The columns of rows that follow each other; seconds add up."""
+    joined = {}
+    for name in parts[0]:
+        columns = [part[name] for part in parts]
+        joined[name] = np.sum(columns) if columns[0].ndim == 0 else np.concatenate(columns)
+    return joined
+
+
+def _without(value: Any, files: set[str]) -> Any:
+    """A part of a job, without what it knows of these files."""
+    if isinstance(value, list):
+        return [_without(each, files) for each in value]
+    if not isinstance(value, dict) or "files" not in value:
+        return value
+    known = value["files"].items()
+    kept = {file: each for file, each in known if str(Path(file).absolute()) not in files}
+    return {**value, "files": kept}
 
 
 def _loaded(path: Path) -> Part:

@@ -11,102 +11,104 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+import sys
+import time
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ._checkpoint import Checkpoint, Part, identity
+from ._checkpoint import Part, identity
 from ._sources import SourceError
 
 if TYPE_CHECKING:
-    from ._job import Job, Progress
+    from ._job import Job, Measured
 
-__all__ = ["run_on"]
+__all__ = ["measured_on"]
 
-#: How long a scheduler has to answer.
+#: How long a scheduler has to answer, and how long one may be away that was there.
 CONNECT_SECONDS = 20
+AWAY_SECONDS = 300
 
 
-def run_on(
-    address: str,
-    job: Job,
-    progress: Progress | None,
-    checkpoint: str | os.PathLike[str] | None,
-    resume: bool,
-) -> None:
-    """Do a job on the cluster whose scheduler has this address, or on a new "local" one.
+def measured_on(address: str, job: Job, starts: Sequence[int]) -> Measured:
+    """The columns of these chunks, as they are done.
 
-    Ranges whose files cannot be read are left out, and named in the SourceError that is raised when
-    everything else is done, and kept if there is a checkpoint.
+    By the cluster whose scheduler has this address, or by a new "local" one. Where the connection
+    to it is lost, what was not done is handed in again as soon as there is another.
     """
-    saved, parts = None, {}
-    if checkpoint is not None:
-        saved = Checkpoint(Path(checkpoint), job.identity(), resume)
-        parts = {start: (stop, part) for start, stop, part in saved.scattered()}
-    covered = {
-        row for start, (stop, _) in parts.items() for row in range(start, stop, job.chunk_rows)
-    }
-    starts = [start for start in range(0, job.rows, job.chunk_rows) if start not in covered]
-    job.done = sum(stop - start for start, (stop, _) in parts.items())
-    failed: list[tuple[int, str]] = []
-    with _client(address) as client:
-        print_dashboard(client)
-        futures = client.map(_measured, starts, arguments=_portable(job), pure=False)
-        at = dict(zip(futures, starts, strict=True))
-        for future in import_module("distributed").as_completed(futures):
-            start = at.pop(future)
-            if future.status != "finished":
-                failed.append((start, _reason(future.exception())))
-                continue
-            stop, part = min(start + job.chunk_rows, job.rows), future.result()
-            future.release()
-            if saved is not None:
-                saved.put(start, stop, part)
-            parts[start] = stop, part
-            job.done += stop - start
-            if progress is not None:
-                progress(job.done, job.rows)
-    if failed:
-        start, reason = min(failed)
-        kept = "" if saved is None else f"; what is done is kept in {saved.folder}"
-        raise SourceError(
-            f"{len(failed)} of {len(starts)} ranges of rows failed, the first at row {start}: "
-            f"{reason}{kept}"
-        )
-    for start in sorted(parts):
-        job.take(parts[start][1])
+    arguments = _portable(job)
+    with _cluster(address) as scheduler:
+        left, patience = list(starts), float(CONNECT_SECONDS)
+        while left:
+            with _client(scheduler, address, patience) as client:
+                _say_where(client)
+                patience = float(AWAY_SECONDS)
+                futures = client.map(_measured, left, arguments=arguments, pure=False)
+                at = dict(zip(futures, left, strict=True))
+                left = []
+                for future in import_module("distributed").as_completed(futures):
+                    start = at.pop(future)
+                    found = _outcome(future)
+                    if found is None:
+                        left.append(start)
+                    else:
+                        yield start, found
+                    future.release()
 
 
-def print_dashboard(client: Any) -> None:
-    """Say where to look on."""
-    import sys
+def _outcome(future: Any) -> Part | SourceError | None:
+    """What came of a task, or why nothing did; None where the connection to it was lost."""
+    try:
+        part: Part = future.result()
+    except import_module("distributed").CancelledError:
+        return None
+    except SourceError as error:
+        return error
+    except Exception as error:  # whatever a worker met
+        return SourceError(_reason(error))
+    return part
 
-    print(f"klfast: dashboard at {client.dashboard_link}", file=sys.stderr)
+
+def _say_where(client: Any) -> None:
+    """Say where to look on, and that there is somebody to do the work."""
+    workers = len(client.scheduler_info(n_workers=-1)["workers"])
+    print(f"klfast: dashboard at {client.dashboard_link}, {workers} workers", file=sys.stderr)
 
 
 @contextlib.contextmanager
-def _client(address: str) -> Iterator[Any]:
+def _cluster(address: str) -> Iterator[Any]:
+    """What a client connects to."""
     try:
         distributed = import_module("distributed")
     except ImportError:
         raise SourceError('--dask needs the extra "dask": pip install "klfast[dask]"') from None
-    if address == "local":
-        from .kernels.cpu.threads import available_cores
-
-        with (
-            distributed.LocalCluster(
-                n_workers=available_cores(), threads_per_worker=1, dashboard_address=":0"
-            ) as cluster,
-            distributed.Client(cluster) as client,
-        ):
-            yield client
+    if address != "local":
+        yield address
         return
-    try:
-        client = distributed.Client(address, timeout=CONNECT_SECONDS)
-    except (OSError, TimeoutError, ValueError) as error:
-        raise SourceError(f"--dask {address}: cannot be reached ({_reason(error)})") from None
+    from .kernels.cpu.threads import available_cores
+
+    with distributed.LocalCluster(
+        n_workers=available_cores(), threads_per_worker=1, dashboard_address=":0"
+    ) as cluster:
+        yield cluster
+
+
+@contextlib.contextmanager
+def _client(scheduler: Any, address: str, patience: float) -> Iterator[Any]:
+    """A client, of a scheduler that has so many seconds to be there."""
+    until = time.monotonic() + patience
+    while True:
+        try:
+            client = import_module("distributed").Client(scheduler, timeout=CONNECT_SECONDS)
+            break
+        except (OSError, TimeoutError, ValueError) as error:
+            if isinstance(error, ValueError) or time.monotonic() > until:
+                raise SourceError(
+                    f"--dask {address}: cannot be reached ({_reason(error)})"
+                ) from None
+            time.sleep(1.0)
     with client:
         yield client
 

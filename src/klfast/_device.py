@@ -30,6 +30,8 @@ __all__ = [
     "log_softmax",
     "on",
     "one_a_row",
+    "partial_sums",
+    "shard",
     "workspace",
 ]
 
@@ -182,6 +184,28 @@ def differentiate(
                 None if factors is None else factors.data, into,
             )  # fmt: skip
     return array
+
+
+def shard(
+    batch: Batch, metrics: Sequence[tuple[str, tuple[float, ...]]], tokens: NDArray[np.int64]
+) -> Any:
+    """What is known of rows that are parts of wider ones, on the host: waits for it."""
+    with on(batch.place), workspace(batch.place):
+        where = None if batch.keep is None else batch.keep.data
+        there = one_a_row(tokens.reshape(batch.shape), batch.shape, np.int64)
+        return batch.backend.shard_on_device(metrics, batch.p, batch.q, where, there.data)
+
+
+def partial_sums(
+    batch: Batch,
+    metrics: Sequence[tuple[str, tuple[float, ...]]],
+    normalizers: NDArray[np.float64],
+) -> list[NDArray[np.float64]]:
+    """The shares of these rows in sums over whole rows, on the host: waits for them."""
+    assert batch.q is not None
+    with on(batch.place), workspace(batch.place):
+        where = None if batch.keep is None else batch.keep.data
+        return batch.backend.partial_sums_on_device(metrics, batch.p, batch.q, where, normalizers)
 
 
 def log_softmax(batch: Batch, shape: tuple[int, ...], dtype: str, target: View | None) -> Any:

@@ -42,8 +42,8 @@ CHOICES = ("auto", *MODULES)
 class Backend(Protocol):
     """What the module of a backend offers. Values are float64, in nats, one a row.
 
-    All rows are on the host, but those of `evaluate`, `differentiate` and `normalize`, which only
-    the backend of a device has.
+    All rows are on the host, but those of `evaluate`, `differentiate`, `normalize` and what ends in
+    `_on_device`, which only the backend of a device has.
     """
 
     __name__: str
@@ -97,16 +97,18 @@ class Backend(Protocol):
         q: Rows | None,
         rows: NDArray[np.int64] | None,
         tokens: NDArray[np.int64] | None,
-        first_order: bool = False,
+        symmetric: bool = False,
     ) -> tuple[list[NDArray[np.float64]], NDArray[np.float64] | None, list[NDArray[np.float64]]]:
         """Return what is known of rows that are parts of wider ones.
 
         Of each batch the largest entry m as it is given, L = log sum exp((x - m)/T) and the index
         of m, as three columns: NaN where a row is no part of a distribution, -inf, 0 and -1 where
         all of it is -inf. Of two batches Lx - Ly, as exact as the rows are close, and where
-        `first_order` also good enough for results that it enters as it is. Values of the metrics
-        within the parts, and of "log_power:A", the Rényi divergence whose multiples have exact
-        exponentials.
+        `symmetric` the same but for its sign when they change places, and good enough for results
+        that it enters as it is. Values of the metrics
+        within the parts, of "log_power:A", the Rényi divergence whose multiples have exact
+        exponentials, and of "top_ratio_p" and "top_ratio_q", the entries as they are given where
+        log(p/q) is largest.
         """
 
     def partial_sums(
@@ -121,6 +123,26 @@ class Backend(Protocol):
 
         `normalizers` has m and L of the whole rows of p, of q, and Lx - Ly, as columns.
         """
+
+    def shard_on_device(
+        self,
+        metrics: Sequence[tuple[str, tuple[float, ...]]],
+        p: Rows,
+        q: Rows | None,
+        where: Any,
+        tokens: Any,
+    ) -> tuple[list[NDArray[np.float64]], NDArray[np.float64] | None, list[NDArray[np.float64]]]:
+        """Return on the host what `shard` does; `where` and `tokens` are CuPy's pointers."""
+
+    def partial_sums_on_device(
+        self,
+        metrics: Sequence[tuple[str, tuple[float, ...]]],
+        p: Rows,
+        q: Rows,
+        where: Any,
+        normalizers: NDArray[np.float64],
+    ) -> list[NDArray[np.float64]]:
+        """Return on the host what `partial_sums` does; `normalizers` is on the host too."""
 
     def evaluate(
         self,

@@ -201,30 +201,34 @@ class Evaluation:
         asked = names
         options = self._options
         if block.nll is not None:
-            asked = tuple(name for name in names if name not in TARGET_METRICS)
+            asked = tuple(name for name in asked if name not in TARGET_METRICS)
+        if block.tops is not None:
+            asked = tuple(name for name in asked if name != "same_top")
         if block.input is not None:
             options = {**options, "input": block.input}
-        result = klfast.compare(
-            block.p, block.q, asked,
-            targets=None if block.nll is not None else rows.targets,
-            where=rows.where,
-            dtype=np.float64,
-            **options,
-        )  # fmt: skip
-        values = {name: _on_host(result[name]) for name in asked}
+        values: dict[str, NDArray[Any]] = {}
+        if asked:
+            result = klfast.compare(
+                block.p, block.q, asked,
+                targets=None if block.nll is not None else rows.targets,
+                where=rows.where,
+                dtype=np.float64,
+                **options,
+            )  # fmt: skip
+            values = {name: _on_host(result[name]) for name in asked}
         if block.nll is not None:
             nll_p, nll_q = (np.asarray(each, np.float64) for each in block.nll)
             change = np.exp(-nll_q) - np.exp(-nll_p)
             values |= {"nll_p": nll_p, "nll_q": nll_q, "delta_prob": change}
-        if block.tops is not None and "same_top" in values:
-            undefined = np.isnan(values["same_top"])
-            values["same_top"] = np.where(undefined, np.nan, block.tops[0] == block.tops[1])
+        if block.tops is not None:
+            p, q = block.tops
+            values["same_top"] = np.where((p < 0) | (q < 0), np.nan, p == q)
         columns: dict[str, NDArray[Any]] = {name: values[name] for name in names}
         for name, each in (block.extra or {}).items():
             columns[name] = np.asarray(each, np.float64)
         if with_targets:
             columns["target"] = _on_host(rows.targets).astype(np.int64)
-            if "same_top" in values:
+            if "same_top" in names:
                 columns["flip"] = self._flips(block, values["same_top"], columns["target"])
         if rows.sequences is not None:
             columns["sequence"] = rows.sequences

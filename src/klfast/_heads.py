@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from numpy.typing import NDArray
 
 from ._sources import LogitSource, SourceError, open_logits
 
@@ -23,6 +26,9 @@ _NAMES = {
 }
 
 Place = tuple[str, str | None]  # a file, and the name of the array in it
+
+# Sides that name the same file have the same array, and of a head one product.
+_in_use: weakref.WeakValueDictionary[tuple[Any, ...], NDArray[Any]] = weakref.WeakValueDictionary()
 
 
 def open_head(hidden: str, head: str) -> LogitSource:
@@ -91,9 +97,21 @@ def _linear(name: str, places: Mapping[str, Place], numbers: Mapping[str, float]
 
 def _array(part: str, file: str, key: str | None) -> Any:
     """The array in a file, memory-mapped where its format allows it."""
+    try:
+        found = Path(file).stat()
+    except OSError:  # a pattern, or nothing
+        return _read(part, file, key)
+    place = (part, key, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+    known = _in_use.get(place)
+    if known is None:
+        known = _in_use[place] = _read(part, file, key)
+    return known
+
+
+def _read(part: str, file: str, key: str | None) -> Any:
     source = open_logits(file, key) if key is not None else _opened(file, _NAMES[part])
     array = source.read(0, math.prod(source.shape[:-1]))
-    return array.reshape(-1) if part == "bias" else array
+    return array.reshape(-1 if part == "bias" else source.shape)
 
 
 def _opened(file: str, names: Sequence[str]) -> LogitSource:

@@ -85,7 +85,8 @@ def write_page(
 
     place = Path(folder)
     place.mkdir(parents=True, exist_ok=True)
-    pictures = _pictures(results)
+    names = _shown(results)
+    pictures = _pictures(results, names)
     for _, _, picture in pictures:
         with replacing(place / f"{picture.name}.png") as temporary:
             temporary.write_bytes(picture.png)
@@ -99,12 +100,14 @@ def write_page(
         rows += f" of {results.summaries[0].sequences} sequences"
     page = environment.get_template("report.html").render(
         version=versions()["klfast"],
-        title=f"Compared with {first.base['name']}",
+        title=f"Compared with {names[first.base['name']]}",
         subtitle=f"{rows}, a vocabulary of {first.base['shape'][-1:] and first.base['shape'][-1]}",
-        verdicts=_verdicts(results),
+        verdicts=_verdicts(results, names),
         scale=_scale(),
-        candidates=_table("Candidates", results.overview()),
-        tables=_tables(results),
+        candidates=_table(
+            "Candidates", [[names.get(line[0], line[0]), *line[1:]] for line in results.overview()]
+        ),
+        tables=_tables(results, names),
         figures=[
             {
                 "title": title,
@@ -115,7 +118,7 @@ def write_page(
             for title, caption, picture in pictures
         ],
         worst=[
-            _worst(evaluation, summary, vocabulary)
+            _worst(evaluation, summary, names, vocabulary)
             for evaluation, summary in zip(results.evaluations, results.summaries, strict=True)
         ],
         facts=_facts(results),
@@ -128,7 +131,20 @@ def _data(svg: str) -> str:
     return f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"
 
 
-def _verdicts(results: Results) -> list[dict[str, Any]]:
+def _shown(results: Results) -> dict[str, str]:
+    """What the page calls base and candidates: without folders, if they still differ.
+
+    How it was measured gives all of each name.
+    """
+    first = results.evaluations[0]
+    names = [first.base["name"], *(each.test["name"] for each in results.evaluations)]
+    # Hidden states have a head's file in their name too.
+    short = [" with ".join(Path(part).name for part in name.split(" with ")) for name in names]
+    clear = len(set(short)) == len(set(names))
+    return dict(zip(names, short if clear else names, strict=True))
+
+
+def _verdicts(results: Results, names: Mapping[str, str]) -> list[dict[str, Any]]:
     found = []
     for evaluation, summary, broken in zip(
         results.evaluations, results.summaries, results.violations, strict=True
@@ -167,16 +183,20 @@ def _verdicts(results: Results) -> list[dict[str, Any]]:
         sentences += [f"{line[0].upper()}{line[1:]}." for line in warnings(summary)]
         if summary.nan_rows:
             sentences.append(f"{summary.nan_rows} tokens hold NaN and are left out.")
-        name = f"{evaluation.test['name']}: {words}" if words else evaluation.test["name"]
+        shown = names[evaluation.test["name"]]
+        name = f"{shown}: {words}" if words else shown
         if broken:
             level = "bad"
-            name = f"{evaluation.test['name']}: violates {len(broken)} limit(s)"
+            name = f"{shown}: violates {len(broken)} limit(s)"
             sentences = [f"{line}." for line in broken] + sentences
         elif results.limits:
             name, level = f"{name}; all limits are kept", "good"
         found.append({"name": name, "level": level, "sentences": sentences})
     for each in results.differences:
-        found.append({"name": f"{each.verdict}.", "level": "", "sentences": []})
+        text = each.verdict
+        for full in (each.first, each.second):
+            text = text.replace(full, names.get(full, full))
+        found.append({"name": f"{text}.", "level": "", "sentences": []})
     return found
 
 
@@ -188,10 +208,10 @@ def _scale() -> str:
     )
 
 
-def _tables(results: Results) -> list[dict[str, Any]]:
+def _tables(results: Results, names: Mapping[str, str]) -> list[dict[str, Any]]:
     found = []
     for evaluation, summary in zip(results.evaluations, results.summaries, strict=True):
-        of = f": {evaluation.test['name']}" if len(results.evaluations) > 1 else ""
+        of = f": {names[evaluation.test['name']]}" if len(results.evaluations) > 1 else ""
         parts = tables(summary)
         name = parts.name
         pieces = [
@@ -210,7 +230,10 @@ def _table(title: str, cells: Sequence[Sequence[str]], note: str = "") -> dict[s
 
 
 def _worst(
-    evaluation: Evaluation, summary: Summary, vocabulary: Vocabulary | None
+    evaluation: Evaluation,
+    summary: Summary,
+    names: Mapping[str, str],
+    vocabulary: Vocabulary | None,
 ) -> dict[str, Any]:
     cells = worst_cells(summary)
     texts = vocabulary is not None and "target" in evaluation.columns
@@ -222,7 +245,7 @@ def _worst(
         rows.append({"cells": line, "before": before, "token": token})
     name = next(iter(summary.measures))
     return {
-        "title": f"Worst tokens by {name}: {evaluation.test['name']}",
+        "title": f"Worst tokens by {name}: {names[evaluation.test['name']]}",
         "header": cells[0],
         "rows": rows,
         "texts": texts,
@@ -245,10 +268,12 @@ def _context(evaluation: Evaluation, row: int, vocabulary: Vocabulary) -> tuple[
     return before, token
 
 
-def _pictures(results: Results) -> list[tuple[str, str, _figures.Picture]]:
+def _pictures(
+    results: Results, shown: Mapping[str, str]
+) -> list[tuple[str, str, _figures.Picture]]:
     """Title, caption and picture of all that can be drawn."""
     first = results.evaluations[0]
-    names = _short([each.test["name"] for each in results.evaluations])
+    names = _short([shown[each.test["name"]] for each in results.evaluations])
     metric = next((m for m in first.metrics if compares(m) and not is_similarity(m)), None)
     found: list[tuple[str, str, _figures.Picture]] = []
 
@@ -306,10 +331,8 @@ def _pictures(results: Results) -> list[tuple[str, str, _figures.Picture]]:
 
 
 def _short(names: Sequence[str]) -> list[str]:
-    """Names for a legend: without folders where these say nothing, in signs that every font has."""
-    last = [Path(name).name for name in names]
-    chosen = last if len(set(last)) == len(last) else list(names)
-    plain = ["".join(c if " " <= c <= "~" else "?" for c in name) for name in chosen]
+    """Names for a legend: not too long, and in signs that every font has."""
+    plain = ["".join(c if " " <= c <= "~" else "?" for c in name) for name in names]
     # An underscore at the beginning hides an entry.
     short = [name if len(name) <= 40 else f"...{name[-37:]}" for name in plain]
     return [f" {name}" if name.startswith("_") else name for name in short]
@@ -320,7 +343,11 @@ def _facts(results: Results) -> list[tuple[str, str]]:
     for evaluation, summary in zip(results.evaluations, results.summaries, strict=True):
         facts += heading(evaluation, summary)
     first = content(results.evaluations[0], results.summaries[0])
-    facts += [(name, str(value)) for name, value in first["settings"].items()]
+    facts += [
+        (name.replace("_", " "), ", ".join(value) if isinstance(value, list) else str(value))
+        for name, value in first["settings"].items()
+        if value is not None
+    ]
     facts += [(name, str(value)) for name, value in versions().items() if value is not None]
     facts += [(name, str(value)) for name, value in machine().items()]
     return list(dict.fromkeys(facts))

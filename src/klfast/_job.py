@@ -6,9 +6,10 @@ import hashlib
 import itertools
 import math
 import os
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypedDict, Unpack, overload
 
@@ -17,21 +18,37 @@ from numpy.typing import NDArray
 
 from ._arguments import CompareOptions, check_options
 from ._arrays import FLOATS
-from ._checkpoint import Checkpoint, identity
+from ._checkpoint import Checkpoint, Part, identity
 from ._compare import Comparison
 from ._evaluation import Evaluation, Rows, measures
 from ._heads import open_description
+from ._linear import BLOCK_BYTES, BLOCK_ROWS, LinearLogits, in_step
 from ._operations import DEFAULT_METRICS, TARGET_METRICS, parse_metric
-from ._pairs import NOISE_ROWS, FlooredPair, Pair, check_floored
-from ._sources import ArraySource, LogitSource, SourceError, open_logits, open_targets
+from ._pairs import NOISE_ROWS, FlooredPair, Pair, Stored, check_floored
+from ._sources import (
+    ArraySource,
+    LogitSource,
+    ShardedSource,
+    SourceError,
+    completed,
+    open_available,
+    open_targets,
+)
 from .llama_cpp import BaseLogits, check_same_text
 
 Logits: TypeAlias = "str | os.PathLike[str] | LogitSource | Any"
 Progress: TypeAlias = Callable[[int, int], None]
+#: What was read of both sides of a pair.
+Read: TypeAlias = "tuple[Any, Any]"
+#: The columns of chunks as they are done, each with its first row, or why there are none.
+Measured: TypeAlias = Generator[tuple[int, Part | SourceError], None, None]
 
 # All inputs' bytes in one chunk: far above the cost of a call, far below a laptop's memory, and
-# often enough for a progress bar.
+# often enough for a progress bar. The kernels cut fewer rows than these along the vocabulary, which
+# takes half as long again: long rows may have more bytes.
 _CHUNK_BYTES = 64 * 2**20
+_CHUNK_ROWS = 64
+_MOST_BYTES = 256 * 2**20
 # Touched for each this many bytes, a mapped file is read ahead: less than what is read at once.
 _READ_AHEAD = 64 * 2**10
 # Samples of the bootstrap, and what Python and the libraries need.
@@ -63,9 +80,9 @@ class Job:
     ) -> None:
         if not tests:
             raise ValueError("test is empty; accepted: at least one candidate")
-        self.base = as_source(base, "base", key)
         roles = ["test"] if len(tests) == 1 else [f"test {i + 1}" for i in range(len(tests))]
-        self.tests = [as_source(each, role, key) for each, role in zip(tests, roles, strict=True)]
+        given = [(base, "base"), *zip(tests, roles, strict=True)]
+        self.base, *self.tests = completed([as_source(*each, key) for each in given])
         self.settings: dict[str, Any] = {
             "metrics": metrics, "temperature": temperature, "input": input,
             "vocab_size": vocab_size, "backend": backend,
@@ -89,13 +106,13 @@ class Job:
             self.targets_from = os.fspath(targets)
         self.targets = None if targets is None else _tokens(targets, lead, width, where)
         self.sequences = _labels(sequences, known[0].sequences if known else None, lead)
-        self.pairs = self._pairs(backend)
         sources = (self.base, *self.tests)
+        #: Products take all cores for themselves: nothing is read ahead beside them.
+        self.multiplies = any(isinstance(each, LinearLogits) for each in sources)
+        self.pairs = self._pairs(backend)
         self.row_bytes = sum(map(_stored_bytes, sources))
         if chunk_rows is None:
-            logits = sum(each.shape[-1] * FLOATS[each.dtype] for each in sources)
-            unit = max(getattr(each, "unit_rows", 1) for each in sources)
-            chunk_rows = unit * max(1, _CHUNK_BYTES // logits // unit)
+            chunk_rows = self._best_rows()
         elif chunk_rows < 1:
             raise ValueError(f"chunk_rows is {chunk_rows}; accepted: a whole number from 1")
         self.chunk_rows = chunk_rows
@@ -107,7 +124,7 @@ class Job:
         self.names = measures(metrics, self.targets is not None)
         self.evaluations = [self._started(number) for number in range(len(self.tests))]
         self.done = 0
-        self._saved_seconds = [0.0] * len(self.tests)
+        self._one_at_a_time = threading.Lock()
         rounded = {"float16", "bfloat16"} & {each.dtype for each in sources}
         if rounded and input == "logits" and where is None:
             sample = np.linspace(0, self.rows - 1, min(NOISE_ROWS, self.rows))
@@ -122,9 +139,12 @@ class Job:
         width = self.base.shape[-1]
         sources = self.base, *self.tests
         made = [each for each in sources if not getattr(each, "mapped", False)]
-        rows = sum(each.shape[-1] * FLOATS[each.dtype] for each in made)
+        rows = sum(
+            (1 if isinstance(each, LinearLogits) else 2) * each.shape[-1] * FLOATS[each.dtype]
+            for each in made
+        )
         rows += sum(2 * 4 * (width + 1) for each in self.pairs if isinstance(each, FlooredPair))
-        read = 2 * self.chunk_rows * rows + sum(getattr(each, "memory", 0) for each in made)
+        read = self.chunk_rows * rows + sum(getattr(each, "memory", 0) for each in made)
         # Columns are joined at the end, and summarized from a copy.
         columns = 2 * 8 * self.rows * len(self.tests) * (len(self.names) + 3)
         return _FIXED_BYTES + read + columns
@@ -137,75 +157,154 @@ class Job:
         checkpoint_seconds: float = 10.0,
         dask: str | None = None,
     ) -> list[Evaluation]:
-        """Do it, and return one evaluation a candidate."""
-        if dask is not None:
-            from ._cluster import run_on
+        """Do it, and return one evaluation a candidate.
 
-            run_on(dask, self, progress, checkpoint, resume)
-            return self.evaluations
-        saved = self._resume(Path(checkpoint), resume) if checkpoint is not None else None
+        Ranges of rows whose files cannot be read are left out, and named in the SourceError that is
+        raised when everything else is done, and kept if there is a checkpoint.
+        """
+        saved = None
+        parts: list[tuple[int, int, Part]] = []
+        if checkpoint is not None:
+            saved = Checkpoint(Path(checkpoint), self.identity(), resume)
+            parts = list(saved.parts())
+        covered = {row for start, stop, _ in parts for row in range(start, stop, self.chunk_rows)}
+        starts = [row for row in range(0, self.rows, self.chunk_rows) if row not in covered]
+        self.done = sum(stop - start for start, stop, _ in parts)
         if progress is not None and self.done:
             progress(self.done, self.rows)
-        saved_at = lap = time.perf_counter()
+        if dask is None:
+            running = self._measured(starts)
+        else:
+            from ._cluster import measured_on
+
+            running = measured_on(dask, self, starts)
+            checkpoint_seconds = 0.0  # a range may have taken a worker long
+        unsaved: list[tuple[int, int, Part]] = []
+        failed: dict[int, SourceError] = {}
+        saved_at = time.perf_counter()
         try:
-            for rows in self.chunks(self.done):
-                for evaluation, each in zip(self.evaluations, rows, strict=True):
-                    evaluation.add(each)
-                    lap, before = time.perf_counter(), lap
-                    evaluation.seconds += lap - before
-                self.done = min(self.done + self.chunk_rows, self.rows)
+            for start, found in running:
+                stop = min(start + self.chunk_rows, self.rows)
+                part = _doubt(start, stop, failed.values()) or found
+                if isinstance(part, SourceError):
+                    failed[start] = part
+                    if saved is not None and part.file is not None:
+                        saved.note_unreadable(part.file)
+                    unsaved, _ = _without(unsaved, part)
+                    parts, dropped = _without(parts, part)
+                    failed |= {row: part for first, last, _ in dropped
+                               for row in range(first, last, self.chunk_rows)}  # fmt: skip
+                    if dropped and saved is not None:
+                        saved.drop(*part.doubtful, parts)
+                else:
+                    parts.append((start, stop, part))
+                    unsaved.append(parts[-1])
+                self.done = sum(last - first for first, last, _ in parts)
                 if saved is not None and time.perf_counter() - saved_at >= checkpoint_seconds:
-                    self._save(saved)
+                    saved.put(unsaved)
+                    unsaved = []
                     saved_at = time.perf_counter()
                 if progress is not None:
                     progress(self.done, self.rows)
         finally:
-            if saved is not None and saved.rows < self.done:
-                self._save(saved)
+            running.close()
+            if saved is not None:
+                saved.put(unsaved)
+        if failed:
+            kept = "" if saved is None else f"; what is done is kept in {saved.folder}"
+            reasons = dict.fromkeys(str(failed[start]) for start in sorted(failed))
+            first, *rest = reasons
+            also = f", and {len(rest)} more such as this: {rest[0]}" if rest else ""
+            raise SourceError(
+                f"{first}{also}; {self.done} of {self.rows} rows are done, {len(failed)} ranges of "
+                f"rows failed, the first at row {min(failed)}{kept}"
+            )
+        for _, _, part in sorted(parts, key=lambda each: each[:2]):
+            self._take(part)
         return self.evaluations
 
-    def chunks(self, start: int = 0) -> Iterator[list[Rows]]:
-        """Every candidate's rows from ``start`` on, chunk by chunk; the next is read meanwhile."""
-        starts = iter(range(start, self.rows, self.chunk_rows))
-        with ThreadPoolExecutor(1, "klfast-read") as reader:
-            ahead = [reader.submit(self._read, first) for first in itertools.islice(starts, 1)]
-            while ahead:
-                rows = ahead.pop().result()
-                ahead += [reader.submit(self._read, first) for first in itertools.islice(starts, 1)]
-                yield rows
+    def _measured(self, starts: Sequence[int]) -> Measured:
+        """The columns of these chunks, each with its first row.
 
-    def _read(self, start: int) -> list[Rows]:
+        While they are worked on the next are read: what a disk or one core has to do for them.
+        What takes all cores comes when they are asked for, and may overwrite those before.
+        """
+        left = iter(starts)
+        lap = time.perf_counter()
+        with ThreadPoolExecutor(1, "klfast-read") as reader:
+
+            def ahead() -> list[tuple[int, Future[list[Read] | SourceError]]]:
+                return [(s, reader.submit(self._available, s)) for s in itertools.islice(left, 1)]
+
+            following = ahead()
+            while following:
+                start, reading = following.pop()
+                read = reading.result()
+                if not self.multiplies:
+                    following = ahead()
+                found: Part | SourceError
+                try:
+                    if isinstance(read, SourceError):
+                        raise read
+                    found = self._columns(start, self._rows(start, read), lap)
+                except SourceError as error:
+                    found = error
+                lap = time.perf_counter()
+                del reading, read  # before there are others
+                yield start, found
+                following = following or ahead()
+
+    def _available(self, start: int) -> list[Read] | SourceError:
+        try:
+            return self._read(start)
+        except SourceError as error:
+            return error
+
+    def _read(self, start: int) -> list[Read]:
+        """A chunk of the base and of each candidate."""
+        stop = min(start + self.chunk_rows, self.rows)
+        found = [each.read(start, stop) for each in self.pairs]
+        for array in itertools.chain(*found):
+            _touch(array)
+        return found
+
+    def _rows(self, start: int, read: Sequence[Read]) -> Iterator[Rows]:
+        """What was read, ready to be compared, one candidate after the other."""
         stop = min(start + self.chunk_rows, self.rows)
         part = slice(start, stop)
         noisy = self._noise_rows[(start <= self._noise_rows) & (self._noise_rows < stop)] - start
-        found = []
-        for each in self.pairs:
-            block = each.read(start, stop)
-            _touch(block.p)
-            _touch(block.q)
-            found.append(
-                Rows(
-                    block,
-                    targets=None if self.targets is None else self.targets[part],
-                    where=None if self.where is None else self.where[part],
-                    sequences=None if self.sequences is None else self.sequences[part],
-                    noise_at=() if each.noise_floor is not None else noisy.tolist(),
-                )
+        for pair, both in zip(self.pairs, read, strict=True):
+            yield Rows(
+                pair.block(start, both),
+                targets=None if self.targets is None else self.targets[part],
+                where=None if self.where is None else self.where[part],
+                sequences=None if self.sequences is None else self.sequences[part],
+                noise_at=() if pair.noise_floor is not None else noisy.tolist(),
             )
-        return found
 
     def _pairs(self, backend: str) -> list[Pair | FlooredPair]:
         """The base with each candidate; plain ones share what is read of the base."""
-        shared = _Shared(self.base) if len(self.tests) > 1 else self.base
+        base, *tests = in_step([self.base, *self.tests])
+        shared = _Shared(base) if len(tests) > 1 else base
         pairs: list[Pair | FlooredPair] = []
-        for test in self.tests:
-            if isinstance(self.base, BaseLogits) or isinstance(test, BaseLogits):
+        for test in tests:
+            if isinstance(base, BaseLogits) or isinstance(test, BaseLogits):
                 assert self.targets is not None  # such a file has them
-                base = self.base if isinstance(self.base, BaseLogits) else shared
-                pairs.append(FlooredPair(base, test, self.targets, backend))
+                side = base if isinstance(base, BaseLogits) else shared
+                pairs.append(FlooredPair(side, test, self.targets, backend))
             else:
                 pairs.append(Pair(shared, test))
         return pairs
+
+    def _best_rows(self) -> int:
+        """How many rows of all sides make a chunk."""
+        sources = self.base, *self.tests
+        logits = sum(each.shape[-1] * FLOATS[each.dtype] for each in sources)
+        most = max(_CHUNK_BYTES // logits, min(_CHUNK_ROWS, _MOST_BYTES // logits))
+        if self.multiplies:
+            most = min(BLOCK_ROWS, BLOCK_BYTES // logits)
+        unit: int = max(getattr(each, "unit_rows", 1) for each in sources)
+        return unit * max(1, most // unit)
 
     def _started(self, number: int) -> Evaluation:
         evaluation = Evaluation(**self.settings)
@@ -215,11 +314,26 @@ class Job:
         evaluation.stored_noise = self.pairs[number].noise_floor
         return evaluation
 
-    def measured(self, start: int) -> dict[str, NDArray[Any]]:
-        """The columns of the chunk that begins with this row, as a checkpoint keeps them."""
-        began = time.perf_counter()
-        part: dict[str, NDArray[Any]] = {}
-        for number, rows in enumerate(self._read(start)):
+    def measured(self, start: int) -> Part:
+        """The columns of the chunk that begins with this row, as a checkpoint keeps them.
+
+        Any thread may ask; each waits for the others, for sources read into memory of their own.
+        Keeps nothing in memory: what is resident of mapped files would count as a worker's.
+        """
+        with self._one_at_a_time:
+            began = time.perf_counter()
+            part = self._columns(start, self._rows(start, self._read(start)), began)
+            done = time.perf_counter()
+            for source in (self.base, *self.tests):
+                if isinstance(source, (ArraySource, ShardedSource)):
+                    source.release()
+            last = f"{len(self.tests) - 1}/seconds"
+            part[last] = part[last] + (time.perf_counter() - done)
+        return part
+
+    def _columns(self, start: int, blocks: Iterable[Rows], began: float) -> Part:
+        part: Part = {}
+        for number, rows in enumerate(blocks):
             evaluation = self._started(number)
             evaluation.add(rows)
             columns, noise = evaluation.stored()
@@ -227,9 +341,13 @@ class Job:
             part[f"{number}/noise"] = np.array(noise)
             began, before = time.perf_counter(), began
             part[f"{number}/seconds"] = np.array(began - before)
+        # A file that was written to meanwhile may have held anything.
+        for source in (self.base, *self.tests):
+            if isinstance(source, (ArraySource, ShardedSource)):
+                source.check(start, min(start + self.chunk_rows, self.rows))
         return part
 
-    def take(self, part: Mapping[str, NDArray[Any]]) -> None:
+    def _take(self, part: Part) -> None:
         """Take over the columns of rows that follow those that are there."""
         known = {
             "targets": "absent" if self.targets is None else "given",
@@ -260,28 +378,24 @@ class Job:
             "chunk_rows": self.chunk_rows,
         }  # fmt: skip
 
-    def _resume(self, folder: Path, resume: bool) -> Checkpoint:
-        """Open the checkpoint, and take over what it holds."""
-        saved = Checkpoint(folder, self.identity(), resume)
-        for part in saved.parts():
-            self.take(part)
-        self.done = saved.rows
-        self._saved_seconds = [each.seconds for each in self.evaluations]
-        return saved
 
-    def _save(self, saved: Checkpoint) -> None:
-        """Keep the rows that are done: those of a chunk that was interrupted are not."""
-        part: dict[str, NDArray[Any]] = {}
-        noise = [int(np.sum(self._noise_rows < row)) for row in (saved.rows, self.done)]
-        for number, evaluation in enumerate(self.evaluations):
-            columns, estimates = evaluation.stored()
-            for name, column in columns.items():
-                part[f"{number}/{name}"] = column[saved.rows : self.done]
-            part[f"{number}/noise"] = np.array(estimates[noise[0] : noise[1]])
-            spent = evaluation.seconds - self._saved_seconds[number]
-            part[f"{number}/seconds"] = np.array(spent)
-            self._saved_seconds[number] = evaluation.seconds
-        saved.add(self.done, part)
+_Ranges: TypeAlias = "list[tuple[int, int, Part]]"
+
+
+def _doubt(start: int, stop: int, errors: Iterable[SourceError]) -> SourceError | None:
+    """The error by which nothing is to be believed of these rows."""
+    for error in errors:
+        first, last = error.doubtful
+        if start < last and first < stop:
+            return error
+    return None
+
+
+def _without(parts: _Ranges, error: SourceError) -> tuple[_Ranges, _Ranges]:
+    """Ranges that an error leaves as they are, and those of which nothing is to be believed."""
+    dropped = [each for each in parts if _doubt(each[0], each[1], [error])]
+    gone = {each[0] for each in dropped}
+    return [each for each in parts if each[0] not in gone], dropped
 
 
 class JobOptions(TypedDict, total=False):
@@ -432,7 +546,7 @@ def as_source(logits: Logits, role: str, key: str | None = None) -> LogitSource:
         name = os.fspath(logits)
         if name.endswith(".json") and not name.endswith(".index.json"):
             return open_description(logits)
-        return open_logits(logits, key)
+        return open_available(logits, key)
     if isinstance(logits, LogitSource):
         return logits
     if hasattr(logits, "shape") and hasattr(logits, "dtype"):
@@ -474,10 +588,11 @@ def _digest(column: NDArray[np.int64] | None) -> str | None:
     return None if column is None else hashlib.sha256(column.tobytes()).hexdigest()
 
 
-def _touch(array: Any) -> None:
+def _touch(rows: Any) -> None:
     """Have the pages of a mapped file read from disk now."""
-    if isinstance(array, np.ndarray) and array.flags.c_contiguous:
-        array.reshape(-1).view(np.uint8)[::_READ_AHEAD].max(initial=0)
+    array = rows.words if isinstance(rows, Stored) else rows
+    if isinstance(array, np.ndarray) and array.strides[-1:] == (array.itemsize,):
+        array[:, :: _READ_AHEAD // array.itemsize].max(initial=0)
 
 
 def _common_width(base: LogitSource, test: LogitSource, vocab_size: int | None) -> int:
@@ -492,7 +607,7 @@ def _common_width(base: LogitSource, test: LogitSource, vocab_size: int | None) 
         if widths[0] != widths[1]:
             raise SourceError(
                 f"{test.name}: has a vocabulary of {widths[1]}, but {base.name} has {widths[0]}; "
-                "if the longer is padded, read the common part with vocab_size"
+                "if the longer is padded, read the common part with vocab_size (--vocab-size)"
             )
         return widths[0]
     if not 1 <= vocab_size <= min(widths):

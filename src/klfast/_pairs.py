@@ -40,7 +40,7 @@ class Block(NamedTuple):
     q: Any
     input: str | None = None  # what p and q hold, if it is not what the user said
     nll: tuple[Any, Any] | None = None  # of the targets, where p and q do not give it
-    tops: tuple[Any, Any] | None = None  # largest entry of each row, likewise
+    tops: tuple[Any, Any] | None = None  # largest entry of each row, likewise; -1 where undefined
     extra: Mapping[str, Any] | None = None  # more to know of each row
 
 
@@ -52,21 +52,24 @@ class Pair:
     def __init__(self, base: LogitSource, test: LogitSource) -> None:
         self.base, self.test = base, test
 
-    def read(self, start: int, stop: int) -> Block:
-        """Rows ``start`` to ``stop`` of both."""
-        return Block(self.base.read(start, stop), self.test.read(start, stop))
+    def read(self, start: int, stop: int) -> tuple[Any, Any]:
+        """Rows ``start`` to ``stop`` of both, as they are stored; any thread may ask."""
+        return self.base.read(start, stop), self.test.read(start, stop)
+
+    def block(self, start: int, rows: tuple[Any, Any]) -> Block:
+        """What was read from ``start`` on, ready to be compared."""
+        return Block(*rows)
 
 
-class FlooredPair:
+class FlooredPair(Pair):
     """A base and a candidate of which at least one is a file of llama.cpp.
 
-    ``targets`` are one a row. `read` gives log-probabilities with one entry more, whose masses
+    ``targets`` are one a row. `block` gives log-probabilities with one entry more, whose masses
     are also the columns floor_mass_p and floor_mass_q; negative log-likelihoods of the targets
     are those of the stored values as they are.
 
-    ``noise_floor`` is the mean KL that storing 16 bits causes by itself, to second order in the
-    errors: 1/2 sum p (1 - p) scale^2 / 12 of the entries, and min(sigma, mass)^2 / (2 mass) of
-    the missing mass, on a sample of the rows.
+    ``noise_floor`` is the mean KL that storing 16 bits causes by itself, see `Side.noise`, on a
+    sample of the rows.
     """
 
     def __init__(
@@ -76,106 +79,129 @@ class FlooredPair:
         targets: NDArray[np.int64],
         backend: str,
     ) -> None:
-        self._sides = base, test
+        super().__init__(base, test)
         self._targets = targets
         self._backend = backend
-        # Two of them take turns: one is read into while the other is worked on. Memory that is
-        # asked for anew costs twice as much as what is written to it.
-        self._spaces: list[NDArray[np.float32]] = [np.empty((2, 0, 0), np.float32)] * 2
+        self._kernels = _kernels(backend)
+        # Memory that is asked for anew costs twice as much as what is written to it.
+        self._space = np.empty((2, 0, 0), np.float32)
         rows = math.prod(base.shape[:-1])
         sample = np.unique(np.linspace(0, rows - 1, min(NOISE_ROWS, rows)).astype(np.int64))
         noise = [self._noise(int(row)) for row in sample]
         self.noise_floor: float | None = math.fsum(noise) / len(noise) if noise else None
 
-    def read(self, start: int, stop: int) -> Block:
-        """Rows ``start`` to ``stop`` of both; they are overwritten by the next but one."""
-        p, q = self._joined(start, stop)
-        targets = self._targets[start:stop, None]
-        nll = p.nll(targets), q.nll(targets)
+    def read(self, start: int, stop: int) -> tuple[Any, Any]:
+        """Rows ``start`` to ``stop`` of both: those of llama.cpp as `Stored`."""
+        p, q = (
+            Stored(*each.stored(start, stop))
+            if isinstance(each, BaseLogits)
+            else each.read(start, stop)
+            for each in (self.base, self.test)
+        )
+        return p, q
+
+    def block(self, start: int, rows: tuple[Any, Any]) -> Block:
+        """What was read from ``start`` on, decoded; it is overwritten by the next block."""
+        p, q = self._sides(rows)
+        targets = self._targets[start : start + len(p.rows), None]
+        nll = p.nll(targets), q.nll(targets)  # before what is at a floor is left out
+        self._join(p, q)
         extra = {"floor_mass_p": np.exp(p.rows[:, -1]), "floor_mass_q": np.exp(q.rows[:, -1])}
         return Block(p.rows, q.rows, "log_probs", nll, (p.tops, q.tops), extra)
 
-    def _joined(self, start: int, stop: int) -> tuple[Side, Side]:
-        space = self._spaces.pop(0)
-        entries = self._sides[0].shape[-1] + 1
-        if space.shape[1] < stop - start:
-            whole_lines = -(-entries // 16) * 16  # so that every row begins with a cache line
-            space = np.empty((2, stop - start, whole_lines), np.float32)
-        self._spaces.append(space)
+    def _sides(self, rows: tuple[Any, Any]) -> tuple[Side, Side]:
+        count, width = rows[0].shape
+        if self._space.shape[1] < count:
+            whole_lines = -(-(width + 1) // 16) * 16  # so that every row begins with a cache line
+            self._space = np.empty((2, count, whole_lines), np.float32)
         p, q = (
-            Side(each, start, stop, rows[: stop - start, :entries], self._backend)
-            for each, rows in zip(self._sides, space, strict=True)
+            Side(each, space[:count, : width + 1], self._backend)
+            for each, space in zip(rows, self._space, strict=True)
         )
-        sums = _backend(self._backend).join_floors(
-            [(each.values, each.parameters) for each in (p, q)], [p.rows[:, :-1], q.rows[:, :-1]]
-        )
-        p.join(sums[:, 0])
-        q.join(sums[:, 1])
         return p, q
 
+    def _join(self, p: Side, q: Side) -> None:
+        sides = [(each.values, each.parameters) for each in (p, q)]
+        into = [each.rows[:, :-1] for each in (p, q)]
+        found = self._kernels.join_floors(sides, into)
+        p.join(found[:, 0])
+        q.join(found[:, 1])
+
     def _noise(self, row: int) -> float:
-        noise = 0.0
-        for each in self._joined(row, row + 1):
-            scale, sigma = each.parameters[0, 0], each.sigma[0]
-            p = np.exp(each.rows[0].astype(np.float64))
-            rounded = p[:-1] * (1 - p[:-1])
-            rounded[each.tops[0]] = 0.0  # stored exactly
-            noise += scale**2 / 24 * float(rounded.sum())
-            if p[-1] > 0:
-                noise += min(sigma, p[-1]) ** 2 / (2 * p[-1])
-        return noise
+        p, q = self._sides(self.read(row, row + 1))
+        self._join(p, q)
+        return float(p.noise()[0] + q.noise()[0])
+
+
+class Stored(NamedTuple):
+    """Rows of a file of llama.cpp, see `BaseLogits.stored`."""
+
+    scale: NDArray[np.float32]
+    least: NDArray[np.float32]
+    words: NDArray[np.uint16]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.words.shape
 
 
 class Side:
     """Rows of one side, as they are stored and, after `join_floors`, as they are compared.
 
-    ``values`` are words or log-probabilities, ``parameters`` what kernels/cpu/floors.py asks for,
-    ``tops`` the largest entry of each row; ``rows`` have room for one entry more, which `join`
-    fills in. ``sigma`` is how exactly the missing mass is known.
+    ``values`` are words or log-probabilities, ``parameters`` what kernels/cpu/floors.py asks for.
+    ``rows`` have room for one entry more, which `join` fills in, with ``tops``, the largest entry
+    of each row, and ``sigma``, how exactly the missing mass is known.
     """
 
-    def __init__(
-        self, source: LogitSource, start: int, stop: int, rows: NDArray[np.float32], backend: str
-    ) -> None:
+    tops: NDArray[np.int64]
+    sigma: NDArray[np.float64]
+    _spread: NDArray[np.float64]  # sum of p (1 - p), but of the largest: it is stored exactly
+
+    def __init__(self, read: Any, rows: NDArray[np.float32], backend: str) -> None:
         import klfast
 
-        count = stop - start
         self.rows = rows
-        self.parameters = np.full((count, 4), (0.0, 0.0, math.nan, 0.0))
+        self.parameters = np.full((len(rows), 3), (0.0, 0.0, math.nan))
         self.values: NDArray[Any]
-        if isinstance(source, BaseLogits):
-            scale, least, self.values = source.stored(start, stop)
-            self.parameters[:, 0], self.parameters[:, 1] = scale, least
-            self.parameters[is_clamped(scale), 2] = 0.0
+        if isinstance(read, Stored):
+            self.parameters[:, 0], self.parameters[:, 1], self.values = read
+            self.parameters[is_clamped(read.scale), 2] = 0.0
         else:
             self.values = self.rows[:, :-1]
-            logits = np.asarray(source.read(start, stop))
             options: Any = {"dtype": np.float32, "backend": backend}
-            self.values[:] = klfast.log_softmax(logits, **options)
-        self.tops = self.values.argmax(1)
-        self.parameters[:, 3] = self._at(self.tops[:, None])
-        self.sigma = np.zeros(count)
+            self.values[:] = klfast.log_softmax(np.asarray(read), **options)
 
     def nll(self, targets: NDArray[np.int64]) -> NDArray[np.float64]:
         """Negative log-likelihoods of targets (rows, 1), as they are stored."""
-        return -self._at(targets).astype(np.float64)
-
-    def _at(self, entries: NDArray[np.int64]) -> NDArray[np.float32]:
-        found = np.take_along_axis(self.values, entries, 1)
+        found = np.take_along_axis(self.values, targets, 1)
         if found.dtype == np.uint16:
             scale, least = self.parameters[:, 0, None], self.parameters[:, 1, None]
             found = (scale * found + least).astype(np.float32)
-        return found[:, 0]
+        return -found[:, 0].astype(np.float64)
 
-    def join(self, sums: NDArray[np.float64]) -> None:
-        """Fill in the last entry, and sigma, from what `join_floors` returned."""
-        mass, squares, equal, other, own = sums.T
-        mass = mass + equal * np.exp(self.parameters[:, 3])
+    def join(self, found: NDArray[np.float64]) -> None:
+        """Fill in the last entry, tops, and sigma, from what `join_floors` returned."""
+        mass, squares, equal, other, own, tops, largest = found.T
+        self.tops = tops.astype(np.int64)
+        self._spread = mass - squares
         self.sigma = self.parameters[:, 0] / math.sqrt(12) * np.sqrt(squares)
         most = other + own * np.exp(self.parameters[:, 1])
-        missing = np.maximum(1.0 - mass, np.maximum(other, self.sigma))
+        missing = 1.0 - mass - equal * np.exp(largest)
+        missing = np.maximum(missing, np.maximum(other, self.sigma))
         with np.errstate(divide="ignore"):
             self.rows[:, -1] = np.log(np.minimum(missing, most))
+
+    def noise(self) -> NDArray[np.float64]:
+        """The mean KL that storing 16 bits causes by itself, to second order in the errors.
+
+        1/2 sum p (1 - p) scale^2 / 12 of the entries that are compared one by one, and
+        min(sigma, mass)^2 / (2 mass) of the missing mass.
+        """
+        mass = np.exp(self.rows[:, -1].astype(np.float64))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            floor = np.where(mass > 0, np.minimum(self.sigma, mass) ** 2 / (2 * mass), 0.0)
+        spread: NDArray[np.float64] = self.parameters[:, 0] ** 2 / 24 * self._spread + floor
+        return spread
 
 
 def check_floored(options: Mapping[str, Any]) -> None:
@@ -194,27 +220,30 @@ def join_floors(
     """What kernels/cpu/floors.py does, in NumPy."""
     floors = [values == of[:, 2, None] for values, of in sides]
     either = floors[0] | floors[1]
-    sums = np.empty((len(either), 2, 5))
+    sums = np.empty((len(either), 2, 7))
     for side, (values, of) in enumerate(sides):
         found, own = rows[side], floors[side]
+        tops = values.argmax(1)
+        top = values == np.take_along_axis(values, tops[:, None], 1)
         found[:] = values
         if values.dtype == np.uint16:
             decode(of[:, 0], of[:, 1], values, out=found)
         mass = np.exp(found.astype(np.float64))
-        equal = found == of[:, 3, None].astype(np.float32)
-        kept = np.where(either | equal, 0.0, mass)
+        kept = np.where(either | top, 0.0, mass)
         sums[:, side, 0], sums[:, side, 1] = kept.sum(1), (kept**2).sum(1)
-        sums[:, side, 2] = (equal & ~either).sum(1)
+        sums[:, side, 2] = (top & ~either).sum(1)
         sums[:, side, 3] = np.where(either & ~own, mass, 0.0).sum(1)
         sums[:, side, 4] = own.sum(1)
+        sums[:, side, 5] = np.where(top.any(1), tops, -1)
+        sums[:, side, 6] = np.take_along_axis(found, tops[:, None], 1)[:, 0]
         found[either] = -np.inf
     return sums
 
 
-def _backend(name: str) -> Any:
+def _kernels(backend: str) -> Any:
     """The CPU kernels, or this module where they are not wanted or cannot be used."""
     import klfast
 
-    if name != "reference" and klfast.backends()["cpu"]:
+    if backend != "reference" and klfast.backends()["cpu"]:
         return import_module("klfast.kernels.cpu")
     return sys.modules[__name__]

@@ -3,8 +3,9 @@
 Most divergences are made of sums over the vocabulary that are products of a function of p and one
 of q: cross-entropies, and S = sum p^a q^(1-a). All pairs of them are one matrix product, taken a
 part of the vocabulary at a time: the tables of a part stay in cache, and parts are added up in
-float64. Total variation and Jensen-Shannon divergence are no such products; a kernel goes over
-tiles of the same tables.
+float64. In float32 a kernel multiplies the tables, which are made in the order it reads them, in
+float64 NumPy does. Total variation and Jensen-Shannon divergence are no such products; the same
+kernel goes over the tables with other terms.
 
 What is subtracted from a product of its own size would lose its digits. Pairs where much cancels,
 and those whose product leaves the range, are computed again one by one, straight from the logits,
@@ -33,6 +34,10 @@ Table = NDArray[Any]
 
 #: Entries of the vocabulary in a part.
 PART = 4096
+#: Rows of a panel, which are next to each other in every entry of a table.
+PANEL = 16
+#: Bytes.
+CACHE_LINE = 64
 #: Fewer rows than this on a side are not worth a matrix product.
 FEW = 5
 #: What is left of a subtraction, at least, beside what went into it: rounding of 1e-6 (float32) or
@@ -132,13 +137,14 @@ class _Side:
         self.rows, self.backend = batch.p, batch.backend
         view = view_of(x, batch.place, name)
         self.stored, self.stored_dtype = memory(view), view.dtype
-        self.shifts = np.zeros((self.rows.count, 2))
+        self.shifts = np.zeros((2, _whole(self.rows.count)))
 
     def prepare(self) -> NDArray[np.bool_]:
         """Find the normalizers, in float64; returns which rows are no distributions."""
         normalizer = self._of_rows("logsumexp", None)
+        shifts = self.shifts[:, : self.rows.count]
         if self.rows.input == "probs":
-            self.shifts[:, 1] = normalizer
+            shifts[1] = normalizer
             return ~np.isfinite(normalizer)
         # x/T - normalizer as (x - c)/T - rest, where the subtraction from a large x is exact.
         with np.errstate(all="ignore"):
@@ -149,7 +155,7 @@ class _Side:
         if far.size:
             c[far] = decode(self.stored[far, : self.rows.width], self.stored_dtype).max(-1)
             rest[far] = -np.log(self._of_rows("top_p", far)[far])
-        self.shifts[:, 0], self.shifts[:, 1] = c, rest
+        shifts[:] = c, rest
         return ~np.isfinite(normalizer)
 
     def _of_rows(self, name: str, numbers: NDArray[np.int64] | None) -> Values:
@@ -169,7 +175,8 @@ class _Side:
     ) -> bool:
         """Fill `powers` with p^order and `logs` with log p times a factor; `nothing` for log 0.
 
-        The sums of powers times logs are added to `own`. Whether an entry is 0 is returned.
+        With powers, the sums of powers times log p are added to `own`. Whether an entry is 0 is
+        returned.
         """
         kernels = compiled()
         some = powers if powers is not None else logs
@@ -177,7 +184,7 @@ class _Side:
         rows = self.rows
         if (
             kernels is not None
-            and some.dtype == np.float32
+            and some.ndim == 3
             and rows.input != "probs"
             and rows.offsets is None
             and rows.stride == FLOATS[rows.dtype]
@@ -187,18 +194,16 @@ class _Side:
             zero: bool = kernels.fill_tables(rows, part, self.shifts, powers, logs, own, **options)
             return zero
         values = decode(self.stored[:, part], self.stored_dtype)
-        c, rest = self.shifts[:, :1], self.shifts[:, 1:]
+        c, rest = self.shifts[:, : rows.count, None]
         x = np.log(values) if rows.input == "probs" else values - c
         log_p = x / rows.temperature - rest
         empty = log_p == -np.inf
-        width = part.stop - part.start
         power = np.exp(order * np.where(empty, 0.0, log_p)) * ~empty
-        log = np.where(empty, nothing, factor * log_p)
-        own += np.sum(np.where(empty, 0.0, power * log), -1)
-        for table, filled, pad in ((powers, power, 0.0), (logs, log, nothing)):
-            if table is not None:
-                table[:, :width] = filled
-                table[:, width:] = pad
+        if powers is not None:
+            own[: rows.count] += np.sum(np.where(empty, 0.0, power * log_p), -1)
+            _write(power, powers)
+        if logs is not None:
+            _write(np.where(empty, nothing, factor * log_p), logs)
         return bool(empty.any())
 
     def some(self, numbers: NDArray[np.int64]) -> Rows:
@@ -288,15 +293,17 @@ def _products(
             values = s.own_p[:, None] + s.own_q - s.product
             doubtful = ~(values > trusted * -s.product)
         else:
-            values = s.own_p[:, None] - s.product
-            doubtful = ~(values > trusted * -s.product)
+            # In place, as new memory takes longer; values > trusted (values - own), rearranged.
+            values = np.subtract(s.own_p[:, None], s.product, out=s.product)
+            doubtful = ~(values > (trusted / (1.0 - trusted)) * -s.own_p[:, None])
         infinite = s.outside | s.outside_q
     elif 0.0 < alpha < math.inf:
         s = _sums(p, q, dtype, alpha, False)
         total, beta = s.product, alpha - 1.0
-        doubtful = ~((np.abs(total - 1.0) > trusted) & (total > 1e-20) & (total < 1e30))
+        away = np.abs(total - 1.0) > trusted
+        doubtful = ~(away & (total > 1e-20) & (total < 1e30))
         if name == "renyi":
-            values = np.log(total) / beta
+            values = np.divide(np.log(total, out=total), beta, out=total)
         else:
             scale = {"alpha": alpha * beta, "tsallis": beta, "chi2": 1.0, "hellinger2": -1.0}[name]
             values = (total - 1.0) / scale
@@ -306,7 +313,7 @@ def _products(
         return values, np.ones_like(values, np.bool_)
     if infinite.any():
         # A row that is no distribution makes its product NaN; the kernels say what the result is.
-        doubtful &= ~infinite | np.isnan(s.product)
+        doubtful &= ~infinite | np.isnan(values)
         values[infinite] = np.inf
     return values, doubtful
 
@@ -314,50 +321,93 @@ def _products(
 def _sums(p: _Side, q: _Side, dtype: str, alpha: float | None, both: bool) -> _Sums:
     """The sums of p log q (`both`: and of q log p), or with an order alpha, p^a q^(1-a)."""
     n, m = p.rows.count, q.rows.count
-    s = _Sums(
-        np.zeros((n, m)), np.zeros(n), np.zeros(m),
-        np.zeros((n, m), np.bool_), np.zeros((n, m), np.bool_),
-    )  # fmt: skip
-    product = np.empty((n, m), dtype)
+    product, own_p, own_q = _empty_sums(n, m)
+    outside, outside_q = np.zeros((n, m), np.bool_), np.zeros((n, m), np.bool_)
     powers, logs = _Buffer((n, m), dtype), _Buffer((n, m) if both else (), dtype)
-    unused = np.zeros(m)
-    for part, padded in _parts(p.rows.width):
-        left, right = powers.tables(padded)
-        logs_p, powers_q = logs.tables(padded) if both else (None, None)
+    for part in _parts(p.rows.width):
+        left, right = powers.tables(part)
+        logs_p, powers_q = logs.tables(part) if both else (None, None)
         if alpha is None:
-            zero_p = p.tables(part, left, logs_p, s.own_p)
-            zero_q = q.tables(part, powers_q, right, s.own_q)
+            zero_p = p.tables(part, left, logs_p, own_p)
+            zero_q = q.tables(part, powers_q, right, own_q)
         else:
-            zero_p = p.tables(part, left, None, s.own_p, alpha)
-            zero_q = q.tables(part, right, None, unused, 1.0 - alpha)
-        s.product += np.matmul(left, right.T, out=product)
+            zero_p = p.tables(part, left, None, own_p, alpha)
+            zero_q = q.tables(part, right, None, own_q, 1.0 - alpha)
+        _add_products(left, right, (n, m), part, product)
         if logs_p is not None and powers_q is not None:
-            s.product += np.matmul(logs_p, powers_q.T, out=product)
+            _add_products(logs_p, powers_q, (n, m), part, product)
         if zero_q:
-            s.outside |= _outside(p, q, part)
+            outside |= _outside(p, q, part)
         if zero_p and both:
-            s.outside_q |= _outside(q, p, part).T
-    return s
+            outside_q |= _outside(q, p, part).T
+    return _Sums(product[:n, :m], own_p[:n], own_q[:m], outside, outside_q)
 
 
-def _parts(width: int) -> Iterator[tuple[slice, int]]:
-    """Parts of the vocabulary, and their widths in whole vectors."""
-    for start in range(0, width, PART):
-        stop = min(start + PART, width)
-        yield slice(start, stop), -(-(stop - start) // 16) * 16
+def _add_products(x: Table, y: Table, shape: tuple[int, int], part: slice, product: Values) -> None:
+    """Add the matrix product of two tables of rows."""
+    kernels = compiled() if x.ndim == 3 else None
+    if kernels is None:
+        product[: shape[0], : shape[1]] += np.matmul(x, y.T)
+    else:
+        kernels.add_pairs("product", x, y, shape, part.stop - part.start, product)
+
+
+def _empty_sums(n: int, m: int) -> tuple[Values, Values, Values]:
+    """Zeros for all pairs of rows and for the rows of each side, in whole panels."""
+    n, m = _whole(n), _whole(m)
+    return np.zeros((n, m)), np.zeros(n), np.zeros(m)
+
+
+def _whole(rows: int) -> int:
+    """As many rows as there are in whole panels."""
+    return -(-rows // PANEL) * PANEL
+
+
+def _parts(width: int) -> Iterator[slice]:
+    """Parts of the vocabulary."""
+    return (slice(start, min(start + PART, width)) for start in range(0, width, PART))
 
 
 class _Buffer:
-    """Memory for a table of each side, the same for every part of the vocabulary."""
+    """Memory for a table of each side, the same for every part of the vocabulary.
+
+    A table has the shape (rows, entries), or where a kernel reads it, (panels, entries, PANEL).
+    """
 
     def __init__(self, rows: tuple[int, ...], dtype: str) -> None:
-        self.rows, self.dtype = rows, dtype
-        self.memory = [np.empty(n * PART, dtype) for n in rows]
+        self.rows = rows
+        self.in_panels = dtype == "float32" and compiled() is not None
+        # A vector that lies in two cache lines takes twice as long to load.
+        self.memory = [_aligned(_whole(n) * PART, dtype) for n in rows]
 
-    def tables(self, width: int) -> list[Table]:
-        """Contiguous tables of this width, over what was in the last ones."""
-        pairs = zip(self.rows, self.memory, strict=True)
-        return [memory[: n * width].reshape(n, width) for n, memory in pairs]
+    def tables(self, part: slice) -> list[Table]:
+        """Contiguous tables for a part, over what was in the last ones."""
+        width = part.stop - part.start
+        shapes: list[tuple[int, ...]]
+        if not self.in_panels:
+            shapes = [(n, width) for n in self.rows]
+        else:
+            padded = -(-width // PANEL) * PANEL
+            shapes = [(_whole(n) // PANEL, padded, PANEL) for n in self.rows]
+        pairs = zip(self.memory, shapes, strict=True)
+        return [memory[: math.prod(shape)].reshape(shape) for memory, shape in pairs]
+
+
+def _aligned(size: int, dtype: str) -> Table:
+    memory = np.empty(size + CACHE_LINE, dtype)
+    skip = -memory.ctypes.data % CACHE_LINE // memory.itemsize
+    return memory[skip : skip + size]
+
+
+def _write(values: Values, table: Table) -> None:
+    """Fill a table, which may be in panels, with the values of its rows."""
+    n, width = values.shape
+    if table.ndim == 2:
+        table[...] = values
+        return
+    whole = np.zeros((_whole(n), width))
+    whole[:n] = values
+    table[:, :width] = whole.reshape(-1, PANEL, width).transpose(0, 2, 1)
 
 
 def _outside(p: _Side, q: _Side, part: slice) -> NDArray[np.bool_]:
@@ -377,21 +427,23 @@ def _outside(p: _Side, q: _Side, part: slice) -> NDArray[np.bool_]:
 def _tiles(
     name: str, parameters: tuple[float, ...], p: _Side, q: _Side, dtype: str, same: bool
 ) -> tuple[Values, NDArray[np.bool_]]:
-    values = np.zeros((p.rows.count, q.rows.count))
+    n, m = p.rows.count, q.rows.count
+    values = np.zeros((_whole(n), _whole(m)))
     kernels = compiled()
     if kernels is None:
-        return values, np.ones_like(values, np.bool_)
+        return values[:n, :m], np.ones((n, m), np.bool_)
     unused = np.zeros(max(values.shape))
     sides = (p,) if same else (p, q)
     buffer = _Buffer(tuple(side.rows.count for side in sides), dtype)
-    for part, padded in _parts(p.rows.width):
-        tables = buffer.tables(padded)
+    for part in _parts(p.rows.width):
+        tables = buffer.tables(part)
         for side, table in zip(sides, tables, strict=True):
             if name == "tv":
                 side.tables(part, table, None, unused)
             else:
                 side.tables(part, None, table, unused, 1.0, 1.0 / math.log(2.0), -math.inf)
-        kernels.add_pairs(name, tables[0], tables[-1], values)
+        kernels.add_pairs(name, tables[0], tables[-1], (n, m), part.stop - part.start, values)
+    values = values[:n, :m]
     if same:
         values = np.triu(values) + np.triu(values, 1).T
     doubtful = ~(values > SMALLEST[name])

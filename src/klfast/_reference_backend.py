@@ -122,7 +122,7 @@ def shard(
     q: Rows | None,
     rows: Numbers | None,
     tokens: Numbers | None,
-    first_order: bool = False,
+    symmetric: bool = False,
 ) -> tuple[list[NDArray[np.float64]], NDArray[np.float64] | None, list[NDArray[np.float64]]]:
     """Return largest entry, log-sum and index of each batch, their log-ratio, and values."""
     batches = [p] if q is None else [p, q]
@@ -137,9 +137,25 @@ def shard(
             ratio[numbers] = reference.log_ratio(*loaded, temperature=temperature, input=p.input)
     values = [np.full(p.count, np.nan) for _ in metrics]
     for (name, parameters), out in zip(metrics, values, strict=True):
+        if name in ("top_ratio_p", "top_ratio_q"):
+            _top_ratio(p, q, rows, "pq".index(name[-1]), out)
+            continue
         function = "renyi" if name == "log_power" else name
         run(function, p, q, parameters, rows, out, tokens)
     return sides, ratio, values
+
+
+def _top_ratio(
+    p: Rows, q: Rows | None, rows: Numbers | None, side: int, out: NDArray[np.float64]
+) -> None:
+    """Write the entry of one side where log(p/q) is largest."""
+    assert q is not None
+    temperature = (p.temperature, q.temperature)
+    for numbers in _blocks(p, rows):
+        pair = _load(p, numbers), _load(q, numbers)
+        index = reference.top_ratio(*pair, temperature=temperature, input=p.input)
+        found = np.isfinite(index)
+        out[numbers[found]] = pair[side][found, index[found].astype(np.int64)]
 
 
 def partial_sums(

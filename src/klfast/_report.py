@@ -235,8 +235,12 @@ def heading(evaluation: Evaluation, summary: Summary) -> list[tuple[str, str]]:
     return lines
 
 
+def _has_intervals(summary: Summary) -> bool:
+    return any(each.low == each.low for each in summary.measures.values())
+
+
 def _measures(summary: Summary) -> Grid:
-    known = any(each.low == each.low for each in summary.measures.values())
+    known = _has_intervals(summary)
     spread = {"low": "from", "high": "to"} if known else {"standard_error": "error"}
     fields = {"mean": "mean", **spread, **_QUANTILES}
     rows = [["measure", *fields.values()]]
@@ -246,6 +250,9 @@ def _measures(summary: Summary) -> Grid:
             rows.append(
                 [name, *(_number(getattr(each, field), digits.get(field, 4)) for field in fields)]
             )
+            for column, field in enumerate(fields, 1):
+                if field in spread and rows[-1][column] == "nan":
+                    rows[-1][column] = ""  # not known, as of a single row
     return rows
 
 
@@ -255,7 +262,7 @@ def _notes(summary: Summary) -> list[str]:
     resampling = summary.resampling
     if summary.sequences == 1:
         lines.append("no interval of the mean: all rows belong to one sequence")
-    elif resampling.resamples:
+    elif _has_intervals(summary):
         drawn = "rows" if summary.sequences is None else f"the {summary.sequences} sequences"
         lines.append(
             f"from, to: {100 * resampling.level:g} % interval of the mean, by "
@@ -345,11 +352,11 @@ def _number(value: float, digits: int = 4) -> str:
 
 def _percent(value: float, error: float | None = None) -> str:
     text = f"{100 * value:.4g} %"
-    return text if error is None else f"{text} ± {100 * error:.2g} %"
+    return text if error is None or math.isnan(error) else f"{text} ± {100 * error:.2g} %"
 
 
 def _plus_minus(value: float, error: float) -> str:
-    return f"{value:.6g} ± {error:.2g}"
+    return f"{value:.6g}" if math.isnan(error) else f"{value:.6g} ± {error:.2g}"
 
 
 def _markdown_grid(rows: Grid) -> list[str]:

@@ -12,15 +12,17 @@ import importlib
 import itertools
 import json
 import math
+import mmap
 import os
 import re
 import struct
 import weakref
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Protocol, runtime_checkable
+from types import MappingProxyType
+from typing import IO, Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,7 +43,14 @@ _SAFETENSORS_DTYPES = {
 
 
 class SourceError(ValueError):
-    """A file or array cannot serve as logits or targets; one line says which, and why."""
+    """A file or array cannot serve as logits or targets; one line says which, and why.
+
+    `file` is the name of the file, where it is known that one cannot be read, and `doubtful` the
+    rows of which nothing is to be believed then, from the first to the one after the last.
+    """
+
+    file: str | None = None
+    doubtful: tuple[int, int] = (0, 0)
 
 
 @runtime_checkable
@@ -78,8 +87,9 @@ class ArraySource:
 
     mapped = True  # nothing is held beside the array itself
 
-    def __init__(self, array: Any, name: str) -> None:
+    def __init__(self, array: Any, name: str, file: _Opened | None = None) -> None:
         self.name = name
+        self._file = file
         self.shape = tuple(int(n) for n in array.shape)
         self.dtype = _checked_dtype(name, self.shape, array.dtype)
         # A reshape of a NumPy array that is not contiguous would copy the whole of it.
@@ -88,7 +98,21 @@ class ArraySource:
         )
         self._array = array if self._gather else array.reshape(-1, self.shape[-1])
 
+    def release(self) -> None:
+        """Give the pages of a mapped file back, which count as memory of this process."""
+        mapped: Any = self._array
+        while mapped is not None and not isinstance(mapped, mmap.mmap):
+            mapped = getattr(mapped, "base", None)
+        if mapped is not None and hasattr(mapped, "madvise"):  # not on Windows
+            mapped.madvise(mmap.MADV_DONTNEED)
+
+    def check(self, start: int, stop: int) -> None:
+        """Raise if the file is not what was mapped: rows read meanwhile may be anything."""
+        if self._file is not None:
+            self._file.check()
+
     def read(self, start: int, stop: int) -> Any:
+        self.check(start, stop)
         if self._gather:
             index = np.unravel_index(np.arange(start, stop), self.shape[:-1])
             rows = self._array[index]
@@ -115,14 +139,70 @@ class CompressedSource:
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
         width = self.shape[-1]
-        with _reasons_named(self.name):
-            return self._array.entries(start * width, stop * width).reshape(stop - start, width)
+        try:
+            with _reasons_named(self.name):
+                return self._array.entries(start * width, stop * width).reshape(stop - start, width)
+        except SourceError as error:
+            # Before damage shows, what is decompressed may be wrong.
+            error.doubtful = 0, math.prod(self.shape[:-1])
+            raise
+
+
+class _Opened:
+    """A file as it was when it was opened."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._known = self._state()
+
+    def _state(self) -> tuple[int, int, int]:
+        found = self._path.stat()
+        return found.st_ino, found.st_size, found.st_mtime_ns
+
+    def check(self) -> None:
+        """Raise if it has changed since."""
+        with _reasons_named(str(self._path)):
+            now = self._state()
+            if now[1] < self._known[1]:
+                raise SourceError(
+                    f"{self._path}: was truncated while it was read: {self._known[1]} bytes "
+                    f"before, {now[1]} now"
+                )
+            if now != self._known:
+                raise SourceError(f"{self._path}: has changed since it was opened")
+
+
+class MissingSource:
+    """Rows of a shard that cannot be read, where it is known how many there are."""
+
+    def __init__(self, reason: SourceError, shape: tuple[int, ...], dtype: str) -> None:
+        self.name = str(reason.file)
+        self.shape, self.dtype = shape, dtype
+        self._reason = reason
+
+    def read(self, start: int, stop: int) -> NDArray[Any]:
+        error = SourceError(*self._reason.args)
+        error.file = self._reason.file
+        raise error
+
+
+_Entry: TypeAlias = "LogitSource | SourceError"
+_Entries: TypeAlias = Mapping[str, _Entry]
+_Numbers: TypeAlias = tuple[int, ...]
 
 
 class ShardedSource:
     """Rows of several sources, one after the other."""
 
-    def __init__(self, shards: Sequence[LogitSource], name: str, files: Sequence[Path]) -> None:
+    def __init__(
+        self,
+        shards: Sequence[LogitSource],
+        name: str,
+        files: Sequence[Path],
+        entries: _Entries = MappingProxyType({}),
+    ) -> None:
+        #: Shards by name, with those that cannot be read, whose rows are left out (`completed`).
+        self.entries = entries
         self.name = name
         self.files = tuple(map(str, files))
         first = shards[0]
@@ -142,21 +222,43 @@ class ShardedSource:
             if alike and len(first.shape) > 1
             else (sum(counts), first.shape[-1])
         )
-        self.mapped = all(isinstance(each, ArraySource) for each in shards)
-        self._shards = shards
+        self.mapped = all(isinstance(each, (ArraySource, MissingSource)) for each in shards)
+        self.shards = tuple(shards)
         self._starts = list(itertools.accumulate(counts, initial=0))
+
+    def _parts(self, start: int, stop: int) -> Iterator[tuple[LogitSource, int, int, int]]:
+        """The shards that hold these rows: where each begins, and its rows, first and last."""
+        ends = itertools.pairwise(self._starts)
+        for shard, (begin, end) in zip(self.shards, ends, strict=True):
+            first, last = max(start, begin), min(stop, end)
+            if first < last:
+                yield shard, begin, first - begin, last - begin
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
         parts = []
-        ends = itertools.pairwise(self._starts)
-        for shard, (begin, end) in zip(self._shards, ends, strict=True):
-            first, last = max(start, begin), min(stop, end)
-            if first < last:
-                parts.append(shard.read(first - begin, last - begin))
+        for shard, begin, *rows in self._parts(start, stop):
+            try:
+                parts.append(shard.read(*rows))
+            except SourceError as error:
+                first, last = error.doubtful
+                error.doubtful = begin + first, begin + last
+                raise
         if len(parts) == 1:
             found: NDArray[Any] = parts[0]  # not copied
             return found
-        return np.concatenate(parts) if parts else self._shards[0].read(0, 0)
+        return np.concatenate(parts) if parts else self.shards[0].read(0, 0)
+
+    def release(self) -> None:
+        """Give the pages of mapped files back, which count as memory of this process."""
+        for shard in self.shards:
+            if isinstance(shard, ArraySource):
+                shard.release()
+
+    def check(self, start: int, stop: int) -> None:
+        """Raise if a file with some of these rows is not what it was."""
+        for shard, _, *rows in self._parts(start, stop):
+            if isinstance(shard, ArraySource):
+                shard.check(*rows)
 
 
 class ZarrSource:
@@ -186,6 +288,92 @@ class ZarrSource:
             return part.astype(part.dtype.newbyteorder("="), copy=False)
 
 
+def completed(sources: Sequence[LogitSource]) -> list[LogitSource]:
+    """Sources of the same rows, in which shards that cannot be read have their place.
+
+    A shard that another source has under the same number, and this one has not, is missing. How
+    many rows one has that cannot be read is known from that of the same number, from what is
+    missing to the rows of another source, or from the other shards, where those are all of one
+    length. Where it is not, the reason why it cannot be read is raised.
+    """
+    return [_completed(each, [x for x in sources if x is not each]) for each in sources]
+
+
+def _completed(source: LogitSource, others: Sequence[LogitSource]) -> LogitSource:
+    if not isinstance(source, ShardedSource):
+        return source
+    columns, shards = _numbered(source.entries)
+    theirs: dict[_Numbers, tuple[str, int]] = {}
+    for other in others:
+        if isinstance(other, ShardedSource):
+            for number, (name, each) in _numbered(other.entries)[1].items():
+                if not isinstance(each, SourceError):
+                    theirs[number] = name, _rows_of(each)
+    total = max(map(_rows_of, others), default=0)
+    if shards.keys() & theirs.keys() and _rows_of(source) != total:
+        for number in theirs.keys() - shards.keys():
+            missing = _renumbered(next(iter(source.entries)), columns, number)
+            error = SourceError(f"{missing}: is missing, and {theirs[number][0]} is there")
+            error.file = missing
+            shards[number] = missing, error
+    broken = [each for _, each in shards.values() if isinstance(each, SourceError)]
+    if not broken:
+        for each in source.entries.values():
+            if isinstance(each, SourceError):
+                raise each
+        return source
+    first = source.shards[0]
+    known, inner = list(map(_rows_of, source.shards)), math.prod(first.shape[1:-1])
+    whole: list[LogitSource] = []
+    for number, (_, each) in sorted(shards.items()):
+        if not isinstance(each, SourceError):
+            whole.append(each)
+            continue
+        rows: int | None = theirs[number][1] if number in theirs else None
+        if rows is None and len(broken) == 1 and total > sum(known):
+            rows = total - sum(known)
+        if rows is None and len(set(known)) == 1:
+            rows = known[0]
+        if rows is None or rows % inner:
+            raise each
+        lead = (rows // inner, *first.shape[1:-1]) if len(first.shape) > 1 else (rows,)
+        whole.append(MissingSource(each, (*lead, first.shape[-1]), first.dtype))
+    if total and sum(map(_rows_of, whole)) != total:
+        raise broken[0]
+    return ShardedSource(whole, source.name, list(map(Path, source.files)))
+
+
+def _rows_of(source: LogitSource) -> int:
+    return math.prod(source.shape[:-1])
+
+
+def _numbered(entries: _Entries) -> tuple[list[int], dict[_Numbers, tuple[str, _Entry]]]:
+    """Shards by the numbers in their names, of those that differ, and which of them these are.
+
+    None, where their names are not alike.
+    """
+    found = {name: tuple(map(int, re.findall(r"\d+", Path(name).name))) for name in entries}
+    if len({len(each) for each in found.values()}) > 1:
+        return [], {}
+    by_place = enumerate(zip(*found.values(), strict=True))
+    columns = [place for place, numbers in by_place if len(set(numbers)) > 1]
+    numbered = {
+        tuple(found[name][place] for place in columns): (name, each)
+        for name, each in entries.items()
+    }
+    return (columns, numbered) if len(numbered) == len(entries) else ([], {})
+
+
+def _renumbered(name: str, columns: Sequence[int], numbers: _Numbers) -> str:
+    """The name of a shard with other numbers, as long as they are where they begin with 0."""
+    path = Path(name)
+    parts = re.split(r"(\d+)", path.name)
+    for column, number in zip(columns, numbers, strict=True):
+        old = parts[2 * column + 1]
+        parts[2 * column + 1] = str(number).zfill(len(old) if old[0] == "0" else 1)
+    return str(path.with_name("".join(parts)))
+
+
 def open_logits(path: str | os.PathLike[str], key: str | None = None) -> LogitSource:
     """Open logits in files, without reading them.
 
@@ -213,7 +401,19 @@ def open_logits(path: str | os.PathLike[str], key: str | None = None) -> LogitSo
         If a file is missing, unreadable, empty, truncated, pickled, or holds something else.
         The message is one line that begins with the file's name.
     """
+    source = open_available(path, key)
+    if isinstance(source, ShardedSource):
+        for each in source.entries.values():
+            if isinstance(each, SourceError):
+                raise each
+    return source
+
+
+def open_available(path: str | os.PathLike[str], key: str | None = None) -> LogitSource:
+    """As `open_logits`; of shards those that can be read."""
     name = os.fspath(path)
+    if not name:
+        raise SourceError("the name of a file of logits is empty")
     place = Path(path)
     with _reasons_named(name):
         if place.is_dir():
@@ -233,10 +433,11 @@ def open_logits(path: str | os.PathLike[str], key: str | None = None) -> LogitSo
             if key is not None:
                 raise SourceError(f"{name}: holds one array and no names, so no {key!r}")
             return BaseLogits(path)
+        file = _Opened(place)
         array = _open_array(place, key, "logits")
     if isinstance(array, _CompressedArray):
         return CompressedSource(array, name)
-    return ArraySource(array, name)
+    return ArraySource(array, name, file)
 
 
 def open_targets(path: str | os.PathLike[str]) -> NDArray[Any]:
@@ -271,20 +472,25 @@ def _checked_dtype(name: str, shape: tuple[int, ...], dtype: Any) -> str:
 def _reasons_named(name: str) -> Iterator[None]:
     """Whatever goes wrong with a file becomes one line that names it."""
     try:
-        yield
-    except SourceError:
+        try:
+            yield
+        except SourceError:
+            raise
+        except OSError as error:
+            raise SourceError(f"{name}: {error.strerror or error}") from error
+        except Exception as error:  # the parsers meet damage with exceptions of a dozen kinds
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise SourceError(f"{name}: cannot be read ({reason})") from error
+    except SourceError as error:
+        error.file = error.file or name
         raise
-    except OSError as error:
-        raise SourceError(f"{name}: {error.strerror or error}") from error
-    except Exception as error:  # the parsers meet damage with exceptions of a dozen kinds
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise SourceError(f"{name}: cannot be read ({reason})") from error
 
 
 def _open_array(path: Path, key: str | None, usual: str) -> NDArray[Any] | _CompressedArray:
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
-        path.stat()  # whether it is there comes first
+        if not path.stat().st_size:  # and whether it is there
+            raise SourceError(f"{path}: is empty (0 bytes)")
         raise SourceError(
             f"{path}: unknown kind of file; accepted are {', '.join(SUFFIXES)}, .index.json, Zarr, "
             "and base-logits files of llama.cpp"
@@ -463,7 +669,21 @@ def _open_shards(files: Sequence[Path], name: str, key: str | None) -> LogitSour
     files = [each for each in files if each.suffix.lower() in SUFFIXES]
     if not files:
         raise SourceError(f"{name}: holds no {', '.join(SUFFIXES)} file")
-    return ShardedSource([open_logits(each, key) for each in files], name, files)
+    entries: dict[str, _Entry] = {}
+    for each in files:
+        try:
+            entries[str(each)] = open_logits(each, key)
+        except SourceError as error:
+            entries[str(each)] = error
+    return _sharded(entries, name, files)
+
+
+def _sharded(entries: _Entries, name: str, files: Sequence[Path]) -> ShardedSource:
+    """A source of those that can be read; if none can, the first reason why is raised."""
+    shards = [each for each in entries.values() if not isinstance(each, SourceError)]
+    if not shards:
+        raise next(each for each in entries.values() if isinstance(each, SourceError))
+    return ShardedSource(shards, name, files, entries)
 
 
 def _open_index(path: Path, key: str | None) -> LogitSource:
@@ -482,10 +702,15 @@ def _open_index(path: Path, key: str | None) -> LogitSource:
     else:
         names = [_choose(path, sorted(places), key, "logits")]
     files = [path.parent / places[each] for each in names]
-    opened = [open_logits(file, each) for file, each in zip(files, names, strict=True)]
-    source = ShardedSource(opened, os.fspath(path), list(dict.fromkeys([path, *files])))
-    if len(opened) == 1:
-        source.shape = opened[0].shape
+    entries: dict[str, _Entry] = {}
+    for file, each in zip(files, names, strict=True):
+        try:
+            entries[each] = open_logits(file, each)
+        except SourceError as error:
+            entries[each] = error
+    source = _sharded(entries, os.fspath(path), list(dict.fromkeys([path, *files])))
+    if len(names) == 1:
+        source.shape = source.shards[0].shape
     return source
 
 

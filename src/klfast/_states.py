@@ -10,8 +10,9 @@ from typing import Any, Literal, TypedDict, Unpack
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from . import _device
 from ._arguments import Batch, Settings, check_options, prepare
-from ._chain_rule import HEADER, SECOND_PHASE, Measure, merge, needed, value_of
+from ._chain_rule import HEADER, SECOND_PHASE, TOP_RATIO, Measure, merge, needed, value_of
 from ._operations import Operation, parse_metric
 
 __all__ = ["RowState", "StateOptions"]
@@ -53,9 +54,11 @@ class RowState:
         sums = whole.partial_sums(p_shard, q_shard)  # (rows, number of such metrics)
         values = whole.finish(sums + sums_of_the_other_shards)
 
+    Exchanging P and Q changes no bit of these two and of the squared Hellinger distance.
+
     Everything else takes one exchange. KL, Rényi and entropies follow from those within the parts
-    and of the parts' masses by the chain rule, where nothing cancels: the relative error is at most
-    twice that of a value of whole rows, from however many parts. See docs/scale.md.
+    and of the parts' masses by the chain rule, where nothing cancels: from however many parts,
+    values are as exact as those of whole rows. See docs/scale.md.
     """
 
     __slots__ = ("array", "metrics", "shape", "temperature", "weights")
@@ -121,7 +124,8 @@ class RowState:
 
         Arguments:
             p: logits, shape (..., entries), as for the functions of klfast: of any library and
-                strides, read in place. There may be no entries at all.
+                strides, read in place. There may be no entries at all. Arrays on a GPU are read
+                there, and only the numbers of the state come to the host, which waits for them.
             q: the second batch, of the same entries; None where all metrics are of one batch.
             metrics: names as for `compare`, but for "topk_overlap", and of functions of one batch:
                 "entropy", "logsumexp", "token_log_probs", "renyi_entropy:A".
@@ -148,9 +152,11 @@ class RowState:
         if isinstance(vocab_offset, bool) or not hasattr(vocab_offset, "__index__"):
             raise TypeError(f"vocab_offset is {vocab_offset!r}; accepted: a whole number from 0")
         measures = _measures(operations)
+        # Jeffreys is the sum of two divergences here, each of its own.
+        symmetric = any(each.symmetric and each.name != "jeffreys" for each, _ in operations)
         shape, array, temperatures = _read(
             arrays, measures, settings, int(vocab_offset), targets,
-            first_order="tv" in names,
+            symmetric,
         )  # fmt: skip
         return cls(array, names, shape, temperatures, settings.input == "probs")
 
@@ -165,7 +171,7 @@ class RowState:
         """
         _, operations = _parse(self.metrics)
         measures, sides = _measures(operations), _sides(operations)
-        p, q = (*self.temperature, 1.0)[:2]
+        temperatures = self._pair_of_temperatures
         arrays = [self.array]
         for other in others:
             if not isinstance(other, RowState):
@@ -178,9 +184,13 @@ class RowState:
         # Neighbours first, then pairs of them: fewer roundings than one after the other.
         while len(arrays) > 1:
             pairs = zip(arrays[::2], arrays[1::2], strict=False)
-            merged = [merge(*pair, sides, measures, (p, q), self.weights) for pair in pairs]
+            merged = [merge(*pair, sides, measures, temperatures, self.weights) for pair in pairs]
             arrays = merged + arrays[len(arrays) // 2 * 2 :]
         return self.with_array(arrays[0])
+
+    @property
+    def _pair_of_temperatures(self) -> tuple[float, float]:
+        return self.temperature[0], self.temperature[-1]
 
     @property
     def needs_sums(self) -> tuple[str, ...]:
@@ -222,7 +232,12 @@ class RowState:
         assert batch.q is not None
         if wanted and not batch.idle:
             header = np.ascontiguousarray(self.array[:, : len(HEADER[2])])
-            found = batch.backend.partial_sums(list(wanted), batch.p, batch.q, batch.rows, header)
+            if batch.place.device == "cpu":
+                found = batch.backend.partial_sums(
+                    list(wanted), batch.p, batch.q, batch.rows, header
+                )
+            else:
+                found = _device.partial_sums(batch, list(wanted), header)
             for number, values in zip(wanted.values(), found, strict=True):
                 sums[:, number] = values
         return sums
@@ -265,10 +280,10 @@ class RowState:
                     _, largest = operation.bounds(parameters, 1)
                     values = np.clip(added[:, wanted.index(name)], 0.0, largest)
                 else:
-                    temperature = self.temperature[0]
                     values = value_of(
-                        operation.name, parameters, columns, found, temperature, self.weights
-                    )
+                        operation.name, parameters, columns, found, self._pair_of_temperatures,
+                        self.weights,
+                    )  # fmt: skip
                 valid = np.logical_and.reduce([proper[side] for side in operation.rows])
                 values = np.where(valid, values, np.nan)
                 if operation.logarithmic:
@@ -339,7 +354,7 @@ def _read(
     settings: Settings,
     offset: int,
     targets: Any,
-    first_order: bool,
+    symmetric: bool,
 ) -> tuple[tuple[int, ...], Array, tuple[float, ...]]:
     """Shape of the batch, numbers of the state, and temperatures."""
     sides = len(arrays)
@@ -356,10 +371,13 @@ def _read(
         return batch.shape, state, temperatures
     local, inside = _local_tokens(targets, batch, offset)
     asked = [each for each in measures if each.name not in _INDICES]
-    found, ratio, values = batch.backend.shard(
-        [(each.name, each.parameters) for each in asked],
-        batch.p, batch.q, batch.rows, local, first_order,
-    )  # fmt: skip
+    metrics = [(each.name, each.parameters) for each in asked]
+    if batch.place.device == "cpu":
+        found, ratio, values = batch.backend.shard(
+            metrics, batch.p, batch.q, batch.rows, local, symmetric
+        )
+    else:
+        found, ratio, values = _device.shard(batch, metrics, local)
     for number, side in enumerate(found):
         state[:, 2 * number : 2 * number + 2] = side[:, :2]
     nothing = [side[:, 0] == -np.inf for side in found]
@@ -376,6 +394,11 @@ def _read(
         if measure.name in _TOKENS:
             empty_side = nothing["pq".index(measure.name[-1])]
             value = np.where(inside & ~empty_side, value, np.inf)
+        elif measure in TOP_RATIO:
+            missing = (value == 0.0) & (settings.input == "probs")
+            value = np.where(missing | nothing[TOP_RATIO.index(measure)], -np.inf, value)
+            if measure == TOP_RATIO[0]:
+                value = np.where(nothing[1], found[0][:, 0], value)
         else:
             without = {"entropy_p": nothing[0], "renyi_entropy": nothing[0]}.get(measure.name)
             if measure.name == "entropy_q":
@@ -384,7 +407,11 @@ def _read(
             value = np.where(one_sided if without is None else without, 0.0, value)
         state[:, number] = value
     if batch.keep is not None:
-        state[~batch.keep] = np.nan
+        keep = batch.keep
+        if batch.place.device != "cpu":
+            with _device.on(batch.place):
+                keep = _device.fetched(keep, batch.shape).ravel()
+        state[~keep] = np.nan
     return batch.shape, state, temperatures
 
 

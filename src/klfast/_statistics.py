@@ -334,7 +334,11 @@ def check_statistic(name: str, names: Sequence[str]) -> None:
     known = [f"{part}.{one.name}" for part, owner in parts.items() for one in fields(owner)]
     known += ["nan_rows", "noise_floor"]
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+        near = (
+            [f"{name}.mean"]
+            if f"{name}.mean" in known
+            else difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+        )
         raise ValueError(f"no statistic is named {name!r}; the nearest is {near[0]!r}")
 
 

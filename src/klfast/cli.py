@@ -15,7 +15,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -28,7 +28,7 @@ from ._job import Job, Progress, as_source
 from ._machine import info, machine, versions
 from ._operations import parse_metric
 from ._report import Results, grid, write_json, write_text
-from ._sources import SUFFIXES, SourceError
+from ._sources import SUFFIXES, SourceError, open_logits
 from ._statistics import Resampling, check_statistic, plain_json
 from ._tokens import Vocabulary
 from .errors import BackendUnavailable
@@ -110,7 +110,7 @@ def _compare(options: argparse.Namespace) -> int:
         raise ValueError(f"{options.base}: holds no rows; there is nothing to compare")
     _say_plan(job)
     try:
-        with _progress("rows", job.row_bytes) as progress:
+        with _progress("rows", job.row_bytes) as progress, _surviving_truncation():
             evaluations = job.run(
                 progress, options.checkpoint, options.resume, options.checkpoint_every, options.dask
             )
@@ -125,6 +125,16 @@ def _compare(options: argparse.Namespace) -> int:
         )
         return INTERRUPTED
     return _conclude(options, evaluations)
+
+
+def _surviving_truncation() -> AbstractContextManager[None]:
+    """Have a file that is cut off while it is read fail the job in the end, and not at once."""
+    try:
+        from .kernels.cpu.faults import zeros_beyond_files
+    except ImportError:  # no compiler: the reference reads
+        return nullcontext()
+    guard: AbstractContextManager[None] = zeros_beyond_files()
+    return guard
 
 
 def _conclude(options: argparse.Namespace, evaluations: Sequence[Evaluation]) -> int:
@@ -169,9 +179,7 @@ def _check_compare(options: argparse.Namespace) -> None:
     for name in ("json", "markdown", "parquet"):
         _check_output(parser, f"--{name}", getattr(options, name), inputs)
     for name in ("report", "checkpoint"):
-        folder = getattr(options, name)
-        if folder is not None and Path(folder).exists() and not Path(folder).is_dir():
-            parser.error(f"--{name} {folder}: is not a folder")
+        _check_folder(parser, f"--{name}", getattr(options, name))
     if options.parquet is not None:
         check_parquet()
     options.vocabulary = None
@@ -253,13 +261,23 @@ def _bytes(count: float) -> str:
 
 
 def _convert(options: argparse.Namespace) -> int:
-    from .llama_cpp import convert
+    from .llama_cpp import BaseLogits, convert
 
     parser: argparse.ArgumentParser = options.parser
     _check_output(parser, "OUT", options.output, (options.source, options.tokens))
     with _named(options.output):
         convert(options.source, options.output, key=options.key, tokens=options.tokens,
                 context=options.context, input=options.input)  # fmt: skip
+    source = open_logits(options.source, options.key)
+    if isinstance(source, BaseLogits) and options.output.lower().endswith((".npy", ".safetensors")):
+        share = source.at_floor()
+        if share:
+            print(
+                f"klfast: {100 * share:.3g} % of the entries are at the floor of their row: "
+                f"{options.source} knows only upper bounds of them, and {options.output} holds "
+                f"these; compare {options.source} itself, which is read accordingly",
+                file=sys.stderr,
+            )
     return DONE
 
 
@@ -391,6 +409,18 @@ def _check_output(
     for each in inputs:
         if each is not None and output.exists() and Path(each).exists() and output.samefile(each):
             parser.error(f"{option} {path}: is one of the inputs, which would be overwritten")
+
+
+def _check_folder(parser: argparse.ArgumentParser, option: str, folder: str | None) -> None:
+    """The same of a folder, which is made with those above it where they are not there."""
+    if folder is None:
+        return
+    place = Path(folder).absolute()
+    there = next(each for each in (place, *place.parents) if each.exists())
+    if not there.is_dir():
+        parser.error(f"{option} {folder}: {'' if there == place else f'{there} '}is not a folder")
+    if not os.access(there, os.W_OK):
+        parser.error(f"{option} {folder}: the folder {there} is not writable")
 
 
 @contextmanager
@@ -568,7 +598,9 @@ def _parser() -> argparse.ArgumentParser:
         "convert",
         help="convert logits between llama.cpp's base-logits files and arrays",
         description="Convert a file of logits: OUT is a .npy or .safetensors file, or else a "
-        "base-logits file of llama.cpp, which needs --tokens and --context unless IN is one.",
+        "base-logits file of llama.cpp, which needs --tokens and --context unless IN is one. Of "
+        "such a file arrays get the log-probabilities as they are stored, upper bounds at the "
+        "floor of a row included: to compare it, name it itself.",
     )
     converting.set_defaults(run=_convert, parser=converting)
     converting.add_argument("source", metavar="IN")

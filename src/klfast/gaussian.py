@@ -487,7 +487,10 @@ def _fused(batch: _Diagonal, scales: Values | None, into: list[NDArray[Any]]) ->
         bad = np.ones(values.size, np.bool_)
         flat = np.broadcast_to(values, batch.shape).reshape(-1).copy()
     else:
-        flat = kernels.gaussian_kl(rows, scales, into)
+        flat, carried = kernels.gaussian_kl(rows, scales, into)
+        shaped: Values = flat.reshape(batch.shape)
+        if carried:
+            return shaped
         bad = ~((flat >= UNDERFLOW) & (flat < math.inf))
         if bad.any():
             flat[bad] = _kl(*_some(batch, bad))

@@ -139,6 +139,14 @@ class BaseLogits:
         words = part.view("<u2")[:, 4 : 4 + self.shape[-1]]
         return head[:, 0], head[:, 1], words
 
+    def at_floor(self) -> float:
+        """The share of all entries of which only an upper bound is stored; reads the file."""
+        rows, count = len(self._rows), 0
+        for start in range(0, rows, _ROWS_AT_ONCE):
+            scale, _, words = self.stored(start, min(start + _ROWS_AT_ONCE, rows))
+            count += int(np.count_nonzero(words[is_clamped(scale)] == 0))
+        return count / max(1, rows * self.shape[-1])
+
     def read(self, start: int, stop: int) -> Float32:
         """Log-probabilities of rows ``start`` to ``stop``, as they are stored."""
         scale, least, words = self.stored(start, stop)
@@ -196,14 +204,18 @@ def encode(values: Any, input: str = "logits") -> NDArray[np.uint8]:
 def _encode_row(x: Float32) -> tuple[np.float32, np.float32, NDArray[np.uint16]]:
     largest = x.max()
     lowest = max(x.min(), largest - _RANGE)
-    # expf of the C library is all but always the exponential rounded to float32, and this is it.
-    total = np.exp((x - largest).astype(np.float64)).astype(np.float32).sum(dtype=np.float64)
+    total = _expf(x - largest).sum(dtype=np.float64)
     least = lowest - largest - np.float32(np.log(total))
     scale = (largest - lowest) / _WORDS
     if scale == 0:
         return scale, least, np.zeros(len(x), np.uint16)
     above = np.rint((np.float32(1) / scale) * (np.maximum(x, lowest) - lowest))
     return scale, least, above.astype(np.uint16)
+
+
+def _expf(x: Any) -> Any:
+    """The exponential rounded to float32, which expf of the C library all but always is."""
+    return np.exp(x.astype(np.float64)).astype(np.float32)
 
 
 def _as_decoded(x: Float32) -> tuple[np.float32, np.float32, NDArray[np.uint16]] | None:
@@ -249,8 +261,9 @@ def convert(
         What `klfast.open_logits` takes.
     target
         A ``.npy`` or ``.safetensors`` file, in float32, or else a base-logits file of llama.cpp.
-        Of such a file arrays get the log-probabilities as they are stored: what is at the floor
-        has too much mass in them, so compare the file itself rather than the array.
+        Of such a file arrays get the log-probabilities as they are stored, so that they can be
+        made the same file again: entries at the floor are upper bounds and have too much mass, so
+        compare the file itself rather than the array. `BaseLogits.at_floor` says how many.
     key
         Name of the array in ``source``.
     tokens, context
@@ -395,11 +408,11 @@ def _row(a: Float32, logits: NDArray[Any], token: int, normalized: bool) -> Rows
     log_sum = np.float32(0)
     if not normalized:
         largest = b.max()
-        log_sum = largest + np.float32(np.log(np.exp(b - largest).sum(dtype=np.float64)))
+        log_sum = largest + np.float32(np.log(_expf(b - largest).sum(dtype=np.float64)))
     above = a > -16
-    terms = np.exp(a[above]) * (a[above] - b[above] + log_sum)
+    terms = _expf(a[above]) * (a[above] - b[above] + log_sum)
     nll, nll_base = log_sum - b[token], -a[token]
-    change = np.exp(-nll) - np.exp(-nll_base)
+    change = _expf(-nll) - _expf(-nll_base)
     return Rows(terms.sum(dtype=np.float64), change, nll, nll_base, a.argmax() == b.argmax())
 
 

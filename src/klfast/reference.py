@@ -630,6 +630,14 @@ def log_ratio(p: ArrayLike, q: ArrayLike, **options: Unpack[PairOptions]) -> Arr
 
 
 @_silent
+def top_ratio(p: ArrayLike, q: ArrayLike, **options: Unpack[PairOptions]) -> Array:
+    """The first index at which log(p/q) is largest, on the support of P."""
+    pair = _pair(p, q, **options)
+    index = np.argmax(np.where(pair.log_p == -np.inf, -np.inf, pair.d), axis=-1)
+    return np.where(pair.valid, index, np.nan)
+
+
+@_silent
 def partial_sum(
     name: str,
     p: ArrayLike,

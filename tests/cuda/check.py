@@ -28,6 +28,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, files
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -54,7 +55,7 @@ OPTIONS = ("-std=c++17", "-ftz=true", "--ptxas-options=-v")
 NVRTC = ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12")
 
 #: Definitions that say what a kernel computes; of the others there are variants.
-OF_INTEREST = re.compile("OPERATION_|TERMS$|DTYPE_")
+OF_INTEREST = re.compile("OPERATION_|TERMS$|DTYPE_|TO_")
 DTYPES = {str(code): name for code, name in enumerate(FLOATS)}
 
 
@@ -100,6 +101,8 @@ class Case(NamedTuple):
 
 
 FLOAT32 = Case("float32", "float32")
+#: The operation whose gradient with respect to Q alone is written while its value is summed.
+FUSED = "kl"
 #: All types, and of one the lengths that a warp or a block works on, few rows, and skewed ones.
 CASES = (
     *(Case(dtype, dtype) for dtype in FLOATS),
@@ -141,6 +144,7 @@ def requests(architecture: str, cases: Sequence[Case] = CASES) -> list[Request]:
         MaxSharedMemoryPerBlockOptin=block, MaxSharedMemoryPerMultiprocessor=together,
     ):  # fmt: skip
         launches = import_module("klfast.kernels.cuda.launches")
+        shards = import_module("klfast.kernels.cuda.shards")
         with patch("cupy.RawModule", Module):
             for case in cases:
                 count, width = case.rows, case.width
@@ -152,11 +156,17 @@ def requests(architecture: str, cases: Sequence[Case] = CASES) -> list[Request]:
                     results = [launches.Result(_rows("float32", count, 1))] * len(group)
                     launches.evaluate(group, p, second, None, None, results)
                 launches.log_softmax(p, None, _rows("float32", count, width))
+                shards.queue_states([], p, q, None, None, 0)
+                whole = _rows("float64", count, 5)
+                shards.queue_sums([("tv", ()), ("js", (0.5,))], p, q, whole, None, 0)
                 result = launches.Result(_rows("float32", count, 1))
-                for name in DIFFERENTIABLE:
+                for name, sides in product(DIFFERENTIABLE, ("pq", "q")):
+                    if sides == "q" and name != FUSED:
+                        continue
                     metric = name, EXAMPLE.get(name, ())
-                    second = None if name == "entropy" else q
-                    launches.differentiate(metric, p, second, None, result, None, {"p": p})
+                    second, given = (None, {"p": p}) if name == "entropy" else (q, {"p": p, "q": q})
+                    into = {side: given[side] for side in sides if side in given}
+                    launches.differentiate(metric, p, second, None, result, None, into)
     return [Request(*key, shared) for key, shared in found.items()]
 
 
@@ -310,6 +320,9 @@ def _purpose(request: Request) -> tuple[str, str, str]:
     terms = given.pop("TERMS", "").split(",")
     if len(terms) > 3:
         terms = [f"{len(terms)} terms"]
+    to = [side for side in "PQ" if given.pop(f"TO_{side}", "0") == "1"]
+    if to:
+        terms.append("wrt " + "".join(to))
     names = [key.removeprefix("OPERATION_") for key in given]
     return request.name, " ".join([*names, *terms]).lower().strip(), "/".join(dtypes) or "any"
 

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from klfast._operations import OPERATIONS
 
-#: The headers of these kernels.
+#: The headers of these kernels, and of those that keep their rows.
 HEADERS = ("device.cuh", "rows.cuh", "team.cuh", "mathematics.cuh", "pairs.cuh")
+KEEPING = (*HEADERS, "terms.cuh", "resident.cuh", "measures.cuh")
 Values = NDArray[np.float64]
 
 

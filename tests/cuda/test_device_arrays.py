@@ -417,7 +417,9 @@ class TestTensors:
         expected = reference.gradient("kl", *pair) * np.arange(4)[:, None]
         assert isinstance(gradient, torch.Tensor)
         assert gradient.device == torch.device("cuda", 0)
-        np.testing.assert_allclose(np.array(gradient.tolist()), expected, atol=1e-8)
+        largest = np.abs(expected).max(-1, keepdims=True)
+        error = np.abs(np.array(gradient.tolist()) - expected)
+        assert (error <= 1e-5 * largest + 1e-11).all()
         np.testing.assert_allclose(
             np.array(value.tolist()), reference.kl_divergence(*pair), rtol=2e-6
         )

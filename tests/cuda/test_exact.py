@@ -19,11 +19,15 @@ pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
 
 #: What a kernel leaves where it could not finish a row.
 UNFINISHED = np.array(0x7FF8000000C0FFEE, np.uint64).view(np.float64)
+#: Operations that are one kernel, which is told the number.
+DIVERGENCES = ("kl", "cross_entropy", "tv", "hellinger2", "jeffreys")
 Values = NDArray[np.float64]
 
 
 def exact(operation: str, p: Any, q: Any = None, parameter: float = 0.0, **how: Any) -> Values:
     """One column of each row, or all where there are several."""
+    if operation in DIVERGENCES:
+        operation, parameter = "divergence", float(DIVERGENCES.index(operation))
     defines = {f"OPERATION_{operation}": 1, "DTYPE_P": None, "DTYPE_Q": None, "THREADS": 32}
     numbers = [parameter, *[0.0] * 11, float(how.pop("out_step", 0))]
     p, q = (x.view(np.uint16) if x is not None and x.dtype == "bfloat16" else x for x in (p, q))
@@ -158,7 +162,7 @@ def test_only_marked_rows_in_one_column() -> None:
     values[~marked, 2][:3] = math.nan
     before = values.copy()
     numbers = [0.0] * 15 + [2.0]
-    defines = {"OPERATION_kl": 1, "DTYPE_P": None, "DTYPE_Q": None, "THREADS": 64}
+    defines = {"OPERATION_divergence": 1, "DTYPE_P": None, "DTYPE_Q": None, "THREADS": 64}
     for grid in (1, 3, 150):
         values[:] = before
         run_kernel("exact", p, q, defines, values=values, parameters=numbers, phase=1, grid=grid)

@@ -27,7 +27,14 @@ DEVICE double value(const Call& call, float t)
     case 6: return exp2_exactly(t, 1.0f, 0.0f);
     case 7: return Exponential(double_of(t)).whole;
     case 8: return Exponential(double_of(t)).less_1;
-    default: return Exponential(double_of(t)).tail;
+    case 9: return Exponential(double_of(t)).tail;
+    case 10: return near_phi(t) * t * t;
+    case 11: return near_psi(t) * t * t;
+    case 12: return near_difference<false>(t * t) * t;
+    case 13: return near_difference<true>(t * t) * t;
+    case 14: return near_skewness(t * t) * t * t * t;
+    case 15: return near_hellinger2(t * t) * t * t;
+    default: return near_js(t * t) * t * t;
     }
 }
 
@@ -72,6 +79,15 @@ def js(tau: Values) -> Values:
     return value
 
 
+def skewness(t: Values) -> Values:
+    """2 sinh(T/2) - T cosh(T/2), and its series where that cancels."""
+    natural = t * LOG_2
+    plain = 2 * np.sinh(natural / 2) - natural * np.cosh(natural / 2)
+    series = -(natural**3) / 12 * (1 + natural**2 / 40)
+    value: Values = np.where(abs(t) < 0.01, series, plain)
+    return value
+
+
 def arguments(smallest: float, largest: float, signs: tuple[float, ...]) -> NDArray[np.float32]:
     """Of every size, and those around which reductions change over."""
     sizes = np.geomspace(smallest, largest, 3000)
@@ -93,6 +109,20 @@ FUNCTIONS = {
     "exp": (7, 1e-12, 600, (1, -1), np.exp, 1e-15),
     "exp - 1": (8, 1e-12, 600, (1, -1), np.expm1, 1e-15),
     "exp - 1 - t": (9, 1e-12, 600, (1, -1), tail, 2e-15),
+    "near phi": (10, 1e-12, 1.75, (1, -1), lambda t: tail(t * LOG_2) / LOG_2, 4e-7),
+    "near psi": (11, 1e-12, 1.75, (1, -1), lambda t: psi(t * LOG_2) / LOG_2, 4e-7),
+    "near difference": (12, 1e-12, 3, (1, -1), lambda t: 2 * np.sinh(t * LOG_2 / 2), 3e-7),
+    "near difference over log 2": (
+        13,
+        1e-12,
+        3,
+        (1, -1),
+        lambda t: 2 * np.sinh(t * LOG_2 / 2) / LOG_2,
+        3e-7,
+    ),
+    "near skewness": (14, 1e-6, 3, (1, -1), lambda t: skewness(t) / LOG_2, 5e-7),
+    "near hellinger2": (15, 1e-12, 3, (1, -1), lambda t: 4 * np.sinh(t * LOG_2 / 4) ** 2, 4e-7),
+    "near js": (16, 1e-12, 3, (1,), lambda t: js(t) * np.exp2(t / 2), 4e-7),
 }
 
 
@@ -107,7 +137,7 @@ def test_accuracy(name: str) -> None:
 
 
 def test_what_is_equal_is_exactly_0() -> None:
-    for number in (0, 1, 3, 4, 5):
+    for number in (0, 1, 3, 4, 5, *range(10, 17)):
         assert not run_kernel(
             KERNEL, np.zeros((1, 2), np.float32), None, phase=number, columns=2,
             defines={"THREADS": 32},

@@ -152,6 +152,31 @@ def test_misuse_ends_the_launch(body: str, message: str) -> None:
     run("block_barrier();")  # and the next one is none the worse
 
 
+COPIES = """
+    const Bytes16* from = reinterpret_cast<const Bytes16*>(row_address(call.p, 0));
+    for (int i = 0; i < 2; ++i) {
+        copy_async(dynamic_shared() + 2 * t + i, reinterpret_cast<const char*>(from + 2 * t + i));
+        end_batch();
+    }
+    await_batches<LEFT>();
+    for (int i = 0; i < 2; ++i)
+        values[2 * t + i] = as_float(load_shared(dynamic_shared() + 2 * t + i).word[3]);
+    await_batches<END>();
+"""
+
+
+def test_what_is_copied_is_there_when_it_has_been_waited_for() -> None:
+    p = np.arange(64 * 2 * 4, dtype=np.float32)[None]
+    how: dict[str, Any] = {"p": p, "shared": 64 * 32, "columns": 128}
+    for behind in (0, 1, 2):
+        values = run(COPIES, defines={"LEFT": behind, "END": 0}, **how).reshape(64, 2)
+        expected = p[0, 3::4].reshape(64, 2).astype(float)
+        expected[:, 2 - behind :] = np.nan
+        np.testing.assert_array_equal(values, expected)
+    with pytest.raises(LaunchError, match="ends with 1 copies under way"):
+        run(COPIES, defines={"LEFT": 1, "END": 1}, **how)
+
+
 @pytest.mark.parametrize("grid", [0, 3])
 def test_clusters_are_whole(grid: int) -> None:
     with pytest.raises(LaunchError, match="multiple of the cluster's 2"):

@@ -12,7 +12,7 @@ import pytest
 from distributions import Cases, cases, real_logits
 from measures import assert_right, tokens_of
 from pairs import (
-    HEADERS,
+    KEEPING,
     Values,
     assert_right_or_unfinished,
     placed,
@@ -82,7 +82,7 @@ def two_phase(
         resident = 0 if parts > 1 else -(-(-(-p.shape[1] // cluster) + 8) // 8) * 8
     columns = [5 if term.name.startswith(("STATISTICS", "ARGMAX")) else 1 for term in terms]
     options: dict[str, Any] = {
-        "columns": sum(columns), "sources": HEADERS, "resident": resident,
+        "columns": sum(columns), "sources": KEEPING, "resident": resident,
         "parameters": [term.beta for term in terms],
         "shared": (resident * (p.itemsize + q.itemsize) + EXCHANGE) * (threads // team),
     }  # fmt: skip

@@ -142,6 +142,14 @@ struct Block {
     char* shared;  // between two guards
 };
 
+// 16 bytes on their way to shared memory.
+struct Copy {
+    Bytes16* to;
+    Bytes16 value;
+    int batch;
+};
+constexpr int MOST_COPIES = 64;
+
 struct Fiber {
     Context context;
     Fiber* next;
@@ -152,6 +160,8 @@ struct Fiber {
     int thread;
     int turn;
     bool finished;
+    int batch, copying;  // batches that have been ended; copies under way
+    Copy copies[MOST_COPIES];
 };
 
 constexpr size_t GUARD = 4096;
@@ -306,6 +316,8 @@ inline void check_guard(const char* at, size_t size, const char* side)
 [[noreturn]] inline void run_fiber()
 {
     body();
+    if (current->copying)
+        fail("thread %d ends with %d copies under way", current->thread, current->copying);
     current->finished = true;
     Block& block = *current->block;
     if (--block.running == 0) {
@@ -448,15 +460,40 @@ DEVICE T load_one(const T* at)
     twin::check_load(at, sizeof(T));
     return *at;
 }
-// At once: what is not waited for is there as well.
+DEVICE Bytes16 load_shared(const Bytes16* at)
+{
+    const char* address = reinterpret_cast<const char*>(at);
+    const char* shared = twin::current->block->shared;
+    if (reinterpret_cast<size_t>(at) % 16)
+        twin::fail("misaligned load of 16 bytes");
+    if (address < shared || address + 16 > shared + twin::shared_size)
+        twin::fail("a load for shared memory from elsewhere");
+    return *at;
+}
+// As late as can be: until it is waited for, the place holds what spoils every result.
 DEVICE void copy_async(Bytes16* to, const char* from)
 {
-    *to = load_once(reinterpret_cast<const Bytes16*>(from));
+    twin::Fiber& fiber = *twin::current;
+    load_shared(to);
+    if (fiber.copying == twin::MOST_COPIES)
+        twin::fail("more than %d copies under way", twin::MOST_COPIES);
+    const Bytes16 value = load_once(reinterpret_cast<const Bytes16*>(from));
+    fiber.copies[fiber.copying++] = {to, value, fiber.batch};
+    twin::fill_guard(reinterpret_cast<char*>(to), 16);
 }
-DEVICE void end_batch() {}
+DEVICE void end_batch() { ++twin::current->batch; }
 template <int BEHIND>
 DEVICE void await_batches()
 {
+    twin::Fiber& fiber = *twin::current;
+    int left = 0;
+    for (int i = 0; i < fiber.copying; ++i) {
+        if (fiber.copies[i].batch < fiber.batch - BEHIND)
+            *fiber.copies[i].to = fiber.copies[i].value;
+        else
+            fiber.copies[left++] = fiber.copies[i];
+    }
+    fiber.copying = left;
 }
 DEVICE uint32 atomic_add(uint32* at, uint32 value)
 {
@@ -468,6 +505,17 @@ DEVICE void memory_fence() { asm volatile("" ::: "memory"); }
 
 // --- arithmetic ------------------------------------------------------------------------------
 
+namespace twin {
+template <class TO, class FROM>
+inline TO same_bits(FROM value)
+{
+    static_assert(sizeof(TO) == sizeof(FROM), "as many bits");
+    TO result;
+    memcpy(&result, &value, sizeof result);
+    return result;
+}
+}  // namespace twin
+
 DEVICE float exp2_approx(float z)
 {
     return twin::approximately(exp2(static_cast<double>(twin::flush(z))));
@@ -477,6 +525,10 @@ DEVICE float larger(float a, float b) { return fmaxf(twin::flush(a), twin::flush
 DEVICE float smaller(float a, float b) { return fminf(twin::flush(a), twin::flush(b)); }
 DEVICE double larger(double a, double b) { return fmax(a, b); }
 DEVICE double smaller(double a, double b) { return fmin(a, b); }
+DEVICE float larger_or_nan(float a, float b)
+{
+    return a != a || b != b ? twin::same_bits<float>(0x7fffffffu) : larger(a, b);
+}
 DEVICE float fma32(float a, float b, float c)
 {
     return twin::flush(__builtin_fmaf(twin::flush(a), twin::flush(b), twin::flush(c)));
@@ -489,17 +541,6 @@ DEVICE float add_exact(float a, float b)
 }
 DEVICE double add_exact(double a, double b) { return a + b; }
 DEVICE double multiply_exact(double a, double b) { return a * b; }
-
-namespace twin {
-template <class TO, class FROM>
-inline TO same_bits(FROM value)
-{
-    static_assert(sizeof(TO) == sizeof(FROM), "as many bits");
-    TO result;
-    memcpy(&result, &value, sizeof result);
-    return result;
-}
-}  // namespace twin
 
 DEVICE float as_float(uint32 bits) { return twin::same_bits<float>(bits); }
 DEVICE uint32 as_bits(float value) { return twin::same_bits<uint32>(value); }
@@ -534,6 +575,21 @@ DEVICE uint16 half_of(float value)
 }
 DEVICE double double_of(float value) { return value; }
 DEVICE float float_of(double value) { return static_cast<float>(value); }
+DEVICE uint32 halves_of(float low, float high)
+{
+    return half_of(low) | static_cast<uint32>(half_of(high)) << 16;
+}
+DEVICE uint32 bfloats_of(float low, float high)
+{
+    uint32 word = 0;
+    const float both[2] = {low, high};
+    for (int i = 0; i < 2; ++i) {
+        const uint32 bits = as_bits(both[i]);
+        const uint32 rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+        word |= (both[i] == both[i] ? rounded : 0x7fffu) << 16 * i;
+    }
+    return word;
+}
 DEVICE float round_to_odd(double value)
 {
     float below = static_cast<float>(value);
