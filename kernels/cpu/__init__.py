@@ -699,8 +699,9 @@ def _tilt(name: str, parameters: tuple[float, ...]) -> Tilt | None:
     if name == "entropy":  # cross-entropy with itself
         return Tilt("cross_entropy")
     if name == "js":
+        # Where one weight is next to nothing, float32 loses what it multiplies in far rows.
         w = parameter
-        return Tilt("js", weight=w, factors=(w, 1.0 - w)) if 0 < w < 1 else None
+        return Tilt("js", weight=w, factors=(w, 1.0 - w)) if 1e-3 <= w <= 1.0 - 1e-3 else None
     if parameter == 1.0 and name in ("renyi", "alpha", "tsallis"):
         return Tilt("kl")
     alpha = {"chi2": 2.0, "hellinger2": 0.5}.get(name, parameter)
