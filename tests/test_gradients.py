@@ -206,10 +206,7 @@ def test_gradients_may_overwrite_the_logits(name: str, backend: Any) -> None:
     ],
 )  # fmt: skip
 def test_gradients_of_every_kind_of_row(name: str, width: int) -> None:
-    """Also where one token has nearly all the mass, rows are masked, or hardly have one in common.
-
-    Where logits differ by hundreds, float32 does not hold their exponents any better.
-    """
+    """Also where one token has nearly all the mass, and where rows have hardly one in common."""
     names, p, q = cases(width)
     _, gradients = both(name, p, q)
     for wrt, found in zip("pq", gradients, strict=False):
@@ -220,8 +217,7 @@ def test_gradients_of_every_kind_of_row(name: str, width: int) -> None:
         largest = np.where(nan, 0.0, np.abs(expected)).max(-1)
         with np.errstate(all="ignore"):  # chi-squared of rows that are far apart
             error = np.where(nan | (np.abs(expected) > 3e38), 0.0, np.abs(found - expected)).max(-1)
-        unit = np.array([5e-5 if "independent, scale" in each else 1e-5 for each in names])
-        wrong = np.flatnonzero(error > unit * largest + 1e-11)
+        wrong = np.flatnonzero(error > 1e-5 * largest + 1e-11)
         assert not wrong.size, [(names[row], error[row], largest[row]) for row in wrong]
 
 
