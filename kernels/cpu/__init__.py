@@ -485,10 +485,10 @@ def _steps(
     others = [step for step in spaces if step not in together]
 
     names = _joint_names(together)
+    run = Step("two_phase", ",".join(names), "pq")
     table = np.empty((p.count, len(names) + 3 * ("top" in names)))
 
     def joint(block: Numbers, alone: bool) -> None:
-        run = Step("two_phase", ",".join(names), "pq")
         again = _unfinished(run, p, q, block, table, None, alone)
         for step, name in together.items():
             values = table[block, names.index(name) :]
@@ -905,7 +905,7 @@ def _fast_gradient(
         space = np.zeros(len(block) + 2, np.int64)
         counter = _address(space)
         function(*lead, _address(block), len(block), counter, len(block), counter + 8, *tail)
-        left = np.union1d(left, space[2 : 2 + space[1]])
+        left = np.sort(np.concatenate([left, space[2 : 2 + space[1]]]))
         return left if len(left) else None
 
     return run

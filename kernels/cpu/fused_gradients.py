@@ -91,6 +91,13 @@ TIE = 6e-8
 SPREAD = 0.01
 
 
+@inline
+def ask_ahead(row, j, size):
+    """Ask for the two vectors of a row that are a block further on."""
+    prefetch(row + (j + BLOCK) * size)
+    prefetch(row + (j + BLOCK + LANES32) * size)
+
+
 @functools.cache
 def balanced(operation, sides, dtype_p, dtype_q):
     """An inlined second pass, of gradients whose mean is known."""
@@ -141,10 +148,8 @@ def balanced(operation, sides, dtype_p, dtype_q):
             sums_p = (zero, sums_p[1], sums_p[2])
             sums_q = (zero, sums_q[1], sums_q[2])
             while j < last:
-                prefetch(x + (j + 512) * size_p)
-                prefetch(x + (j + 528) * size_p)
-                prefetch(y + (j + 512) * size_q)
-                prefetch(y + (j + 528) * size_q)
+                ask_ahead(x, j, size_p)
+                ask_ahead(y, j, size_q)
                 p, q = load_p(x + j * size_p), load_q(y + j * size_q)
                 g, h, sums_p, sums_q = both(p, q, a, of_p, of_q, sums_p, sums_q)
                 if to_p:
@@ -311,10 +316,8 @@ def summed(operation, sides, dtype_p, dtype_q):
             sums_p = none
             sums_q = none
             while j < last:
-                prefetch(x + (j + 512) * size_p)
-                prefetch(x + (j + 528) * size_p)
-                prefetch(y + (j + 512) * size_q)
-                prefetch(y + (j + 528) * size_q)
+                ask_ahead(x, j, size_p)
+                ask_ahead(y, j, size_q)
                 p, q = load_p(x + j * size_p), load_q(y + j * size_q)
                 g, h, sums, sums_p, sums_q, tie = both(
                     p, q, a, constants, sums, sums_p, sums_q, tie

@@ -351,7 +351,8 @@ def build(operation, dtype_p, dtype_q, exactly):
                 p = tail_p(x + full * size_p, block_stop - full)
                 q = tail_q(y + full * size_q, block_stop - full)
                 sums, largest = step(p, q, a32, parts, sums, largest)
-            total = added(total, totals(sums), 1.0)
+            if not done or full < block_stop:
+                total = added(total, totals(sums), 1.0)
             block_stop = block_start
         V, H, J, A, B = total
         a_sum, b_sum = hsum(A), hsum(B)

@@ -136,7 +136,7 @@ def shard(
             ratio[some] = found[1]
 
     batches = [batch for batch in (p, q) if batch is not None]
-    streaming.stream(batches, _numbers(p, rows), tokens, _size(metrics, sides), queue, store)
+    streaming.stream(batches, rows, tokens, _size(metrics, sides), queue, store)
     return masses, ratio if sides == 2 else None, values
 
 
@@ -181,9 +181,5 @@ def partial_sums(
             into[some] = each
 
     batches = [p, q, _whole(normalizers, normalizers.ctypes.data)]
-    streaming.stream(batches, _numbers(p, rows), None, 8 * len(metrics), queue, store)
+    streaming.stream(batches, rows, None, 8 * len(metrics), queue, store)
     return results
-
-
-def _numbers(p: Rows, rows: Numbers | None) -> Numbers:
-    return np.arange(p.count) if rows is None else rows

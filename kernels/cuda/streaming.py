@@ -124,7 +124,7 @@ def _streams(device: int) -> tuple[Any, Any]:
 
 def stream(
     batches: Sequence[Rows],
-    numbers: Numbers,
+    numbers: Numbers | None,
     words: NDArray[Any] | None,
     result_bytes: int,
     queue: Callable[[list[Rows], Any, int], None],
@@ -132,10 +132,12 @@ def stream(
 ) -> None:
     """Send rows to the device, and have what is queued for each chunk write its results there.
 
-    ``words`` are 8 bytes a row that are sent with it, such as its token. ``queue`` gets the rows on
-    the device, a pointer to their words and the address of the results, which take ``result_bytes``
-    a row; ``store`` takes these from the host's memory.
+    ``numbers`` says which rows, None all. ``words`` are 8 bytes a row that are sent with it, such
+    as its token. ``queue`` gets the rows on the device, a pointer to their words and the address of
+    the results, which take ``result_bytes`` a row; ``store`` takes these from the host's memory.
     """
+    if numbers is None:
+        numbers = np.arange(batches[0].count)
     arrays = [_Array.of(each) for each in batches]
     row_bytes = result_bytes + 8 + sum(array.pitch for array in arrays if not array.repeated)
     at_a_time = min(len(numbers), max(1, CHUNK // row_bytes))
@@ -215,9 +217,8 @@ def values_of(
         ):
             values[some] = found_here
 
-    numbers = np.arange(p.count) if rows is None else rows
     batches = [each for each in (p, q) if each is not None]
-    stream(batches, numbers, tokens, 8 * len(metrics), queue, store)
+    stream(batches, rows, tokens, 8 * len(metrics), queue, store)
     return found
 
 
@@ -257,10 +258,9 @@ def gradients_of(
         for side, target in targets.items():
             _scatter(target.table(stored[at[side] :], len(some)), into[side], some)
 
-    numbers = np.arange(p.count) if rows is None else rows
     batches = [each for each in (p, q) if each is not None]
     size = 8 + sum(target.pitch for target in targets.values())
-    stream(batches, numbers, scale, size, queue, store)
+    stream(batches, rows, scale, size, queue, store)
 
 
 def _scatter(table: NDArray[Any], out: Rows, numbers: Numbers) -> None:
@@ -282,5 +282,4 @@ def log_softmax(x: Rows, rows: Numbers | None, out: Rows) -> None:
     def store(some: Numbers, stored: NDArray[np.uint8]) -> None:
         _scatter(results.table(stored, len(some)), out, some)
 
-    numbers = np.arange(x.count) if rows is None else rows
-    stream([x], numbers, None, results.pitch, queue, store)
+    stream([x], rows, None, results.pitch, queue, store)

@@ -105,10 +105,9 @@ class Backend(Protocol):
         of m, as three columns: NaN where a row is no part of a distribution, -inf, 0 and -1 where
         all of it is -inf. Of two batches Lx - Ly, as exact as the rows are close, and where
         `symmetric` the same but for its sign when they change places, and good enough for results
-        that it enters as it is. Values of the metrics
-        within the parts, of "log_power:A", the Rényi divergence whose multiples have exact
-        exponentials, and of "top_ratio_p" and "top_ratio_q", the entries as they are given where
-        log(p/q) is largest.
+        that it enters as it is. Values of the metrics within the parts, of "log_power:A", the Rényi
+        divergence whose multiples have exact exponentials, and of "top_ratio_p" and "top_ratio_q",
+        the entries as they are given where log(p/q) is largest.
         """
 
     def partial_sums(

@@ -109,6 +109,7 @@ class Job:
         sources = (self.base, *self.tests)
         #: Products take all cores for themselves: nothing is read ahead beside them.
         self.multiplies = any(isinstance(each, LinearLogits) for each in sources)
+        self._mapped = [each for each in sources if isinstance(each, (ArraySource, ShardedSource))]
         self.pairs = self._pairs(backend)
         self.row_bytes = sum(map(_stored_bytes, sources))
         if chunk_rows is None:
@@ -192,6 +193,7 @@ class Job:
                         saved.note_unreadable(part.file)
                     unsaved, _ = _without(unsaved, part)
                     parts, dropped = _without(parts, part)
+                    self.done -= sum(last - first for first, last, _ in dropped)
                     failed |= {row: part for first, last, _ in dropped
                                for row in range(first, last, self.chunk_rows)}  # fmt: skip
                     if dropped and saved is not None:
@@ -199,7 +201,7 @@ class Job:
                 else:
                     parts.append((start, stop, part))
                     unsaved.append(parts[-1])
-                self.done = sum(last - first for first, last, _ in parts)
+                    self.done += stop - start
                 if saved is not None and time.perf_counter() - saved_at >= checkpoint_seconds:
                     saved.put(unsaved)
                     unsaved = []
@@ -324,9 +326,8 @@ class Job:
             began = time.perf_counter()
             part = self._columns(start, self._rows(start, self._read(start)), began)
             done = time.perf_counter()
-            for source in (self.base, *self.tests):
-                if isinstance(source, (ArraySource, ShardedSource)):
-                    source.release()
+            for source in self._mapped:
+                source.release()
             last = f"{len(self.tests) - 1}/seconds"
             part[last] = part[last] + (time.perf_counter() - done)
         return part
@@ -342,9 +343,8 @@ class Job:
             began, before = time.perf_counter(), began
             part[f"{number}/seconds"] = np.array(began - before)
         # A file that was written to meanwhile may have held anything.
-        for source in (self.base, *self.tests):
-            if isinstance(source, (ArraySource, ShardedSource)):
-                source.check(start, min(start + self.chunk_rows, self.rows))
+        for source in self._mapped:
+            source.check(start, min(start + self.chunk_rows, self.rows))
         return part
 
     def _take(self, part: Part) -> None:
