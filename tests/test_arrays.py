@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -385,6 +386,21 @@ class TestRefused:
     @pytest.mark.parametrize("given", [[[1.0, 2, 3]], (1.0, 2.0), 1.5, None, "logits", {}])
     def test_what_is_no_array(self, given: Any, q: Any) -> None:
         self.refuse(given, q, TypeError, "p is of type", type(given).__name__, "accepted: NumPy")
+
+    def test_nothing_beside_an_array(self, q: Any) -> None:
+        with pytest.raises(TypeError, match="q is of type NoneType; accepted: NumPy"):
+            klfast.kl_divergence(q, None)
+
+    @pytest.mark.parametrize(
+        ("given", "way"),
+        [
+            ([1.0, 2.0], "(np.asarray(p, np.float64))"),
+            (SimpleNamespace(logits=1), "(p.logits)"),  # the output of a model of transformers
+            (SimpleNamespace(to_numpy=1), "(p.to_numpy())"),  # a table of pandas
+        ],
+    )
+    def test_what_is_nearly_an_array(self, given: Any, way: str, q: Any) -> None:
+        self.refuse(given, q, TypeError, "p is of type", way)
 
     def test_a_single_number(self, q: Any) -> None:
         self.refuse(np.array(1.0), q, ValueError, "p is a single number", "(..., V)")

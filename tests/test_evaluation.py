@@ -5,6 +5,7 @@ import math
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -523,6 +524,8 @@ def test_refusals() -> None:
     assert "chunk_rows is 0" in refusal(BASE, TEST, chunk_rows=0)
     with pytest.raises(TypeError, match="base is of type list"):
         evaluate([[1.0]], TEST)
+    with pytest.raises(TypeError, match=r"test is of type SimpleNamespace; .* \(test.logits\)"):
+        Evaluation().update(BASE, SimpleNamespace(logits=TEST))
 
 
 def test_source_that_fails_midway() -> None:

@@ -28,6 +28,7 @@ WITH_ORDER = ("renyi_divergence", "alpha_divergence", "tsallis_divergence")
 DIVERGENCES: list[tuple[str, dict[str, float]]] = [(name, {}) for name in PLAIN]
 DIVERGENCES += [("js_divergence", {"weight": weight}) for weight in (0.0, 0.1, 1.0)]
 DIVERGENCES += [(name, {"alpha": alpha}) for name in WITH_ORDER for alpha in (0.0, 0.5, 1.0, 2.0)]
+DIVERGENCES += [("renyi_divergence", {"alpha": INF})]
 every_divergence = pytest.mark.parametrize(
     ("name", "parameters"), DIVERGENCES, ids=lambda each: str(each)
 )
@@ -50,7 +51,9 @@ def test_identical_rows_are_at_distance_zero(
     for row in rows:
         for dtype in ("float16", "bfloat16", "float32", "float64"):
             x = rounded(row, dtype)
-            assert call(name, x, x.copy(), **parameters, backend=backend) == 0
+            value = call(name, x, x.copy(), **parameters, backend=backend)
+            assert value == 0
+            assert not np.signbit(value)  # which would be printed
             wide = x.astype(np.float64)
             assert call(name, x, wide, **parameters, backend=backend) == 0
 
@@ -304,6 +307,17 @@ def test_no_jump_at_the_ends_of_a_parameter(dtype: str, backend: str) -> None:
         assert js / step == pytest.approx(kl, rel=10 * step + exact)
         js = call("js_divergence", y, x, weight=1 - step, backend=backend)
         assert js / (1 - (1 - step)) == pytest.approx(kl, rel=10 * step + exact)
+
+
+# Found here: NaN, where the reciprocal of the order is so small that its square is 0
+def test_orders_up_to_the_largest_number(backend: str) -> None:
+    x, y = np.random.default_rng(18).normal(size=(2, 3000))
+    for alpha in (1e100, 1e200, 1e300):
+        for name in ("alpha_divergence", "tsallis_divergence"):
+            assert call(name, x, y, alpha, backend=backend) == INF
+            assert call(name, x, x.copy(), alpha, backend=backend) == 0
+        got = call("renyi_divergence", x, y, alpha, backend=backend)
+        assert got == pytest.approx(truth("renyi_divergence", x, y, INF), rel=1e-13)
 
 
 # 19. exllamav3: a KL below 6e-8 becomes 0

@@ -128,7 +128,7 @@ def _power(values: Values, beta: float, factor: float, scale: float) -> Values:
         # expm1(z)/z is 1 where z vanishes; far from 1 the sum S itself is used.
         ratio = np.where(log_s == 0.0, 1.0, np.expm1(log_s) / np.where(log_s == 0.0, 1.0, log_s))
         near = ratio * (factor * scale) * values
-        far = np.expm1(log_s) * (scale / beta)
+        far = np.expm1(log_s) / beta * scale  # scale/beta alone may underflow
         return np.where(np.abs(log_s) < 1.0, near, far)
 
 

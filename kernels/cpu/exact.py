@@ -654,6 +654,6 @@ def _build_pair(operation):
                 if operation == "js":
                     w = parameter
                     value = min(value, -w * math.log(w) - (1.0 - w) * math.log1p(-w))
-                poke_f64(out + 8 * row, min(max(value, 0.0), ceiling))
+                poke_f64(out + 8 * row, min(max(value, 0.0), ceiling) + 0.0)  # no -0
 
     return kernel

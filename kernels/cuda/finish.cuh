@@ -37,7 +37,7 @@ DEVICE double power(double value, double beta, double factor, double scale)
     // expm1(z)/z is 1 where z vanishes; far from there the sum S itself is used.
     if (fabs(log_s) < 1.0)
         return (log_s == 0.0 ? 1.0 : excess / log_s) * (factor * scale) * value;
-    return excess * (scale / beta);
+    return excess / beta * scale; // scale/beta alone may underflow
 }
 
 // The result for one row; `other` are its values from a second kernel, or of its second row.

@@ -191,7 +191,7 @@ def _evaluate(
     return finish(batch, values, operation.logarithmic, dtype, target)
 
 
-def _evaluate_plain(name: str, parameters: tuple[float, ...], p: Any, q: Any = None) -> Any | None:
+def _evaluate_plain(name: str, parameters: tuple[float, ...], p: Any, *others: Any) -> Any | None:
     """The short way of a call with no keywords on contiguous NumPy arrays of one shape.
 
     None where it does not lead, and all checks have to be made.
@@ -202,7 +202,7 @@ def _evaluate_plain(name: str, parameters: tuple[float, ...], p: Any, q: Any = N
     if first is None:
         return None
     dtype = "float64" if first.dtype == "float64" else "float32"
-    if q is not None:
+    for q in others:
         if type(q) is not np.ndarray or p.shape != q.shape:
             return None
         second = plain_rows(q)

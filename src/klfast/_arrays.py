@@ -164,7 +164,9 @@ def place_of(x: Any, argument: str) -> Place:
                 "JAX arrays on one device"
             )
     elif not (hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__")):
-        raise TypeError(f"{argument} is of type {type(x).__name__}; accepted: {ACCEPTED}")
+        raise TypeError(
+            f"{argument} is of type {type(x).__name__}; accepted: {ACCEPTED}{_way(x, argument)}"
+        )
     library = type(x).__module__.partition(".")[0]
     kind = {"jaxlib": "JAX", "cupy": "CuPy"}.get(library, library)
     device, number = x.__dlpack_device__()
@@ -172,6 +174,17 @@ def place_of(x: Any, argument: str) -> Place:
         return Place(kind, "cpu")
     name = "cuda" if int(device) in CUDA_DEVICES else f"DLPack device type {int(device)}"
     return Place(kind, f"{name}:{int(number)}")
+
+
+def _way(x: Any, argument: str) -> str:
+    """How to come from what many hand over first to an accepted array, in brackets."""
+    if isinstance(x, list | tuple) and argument != "out":
+        return f" (np.asarray({argument}, np.float64))"
+    if hasattr(x, "logits"):  # what models of transformers give
+        return f" ({argument}.logits)"
+    if hasattr(x, "to_numpy"):  # tables of pandas, Polars and others
+        return f" ({argument}.to_numpy())"
+    return ""
 
 
 def view_of(x: Any, place: Place, argument: str) -> View:

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ._arrays import place_of
 from ._columns import decode, encode, write_parquet
 from ._operations import DEFAULT_METRICS, OPERATIONS, TARGET_METRICS, parse_metric
 from ._pairs import NOISE_ROWS, Block
@@ -248,6 +249,9 @@ class Evaluation:
         self._noise += noise
 
     def _update(self, base: Any, test: Any, targets: Any, where: Any, sequences: Any) -> None:
+        for role, each in (("base", base), ("test", test)):
+            if not hasattr(each, "shape"):
+                place_of(each, role)  # raises
         lead = tuple(base.shape[:-1])
         if tuple(test.shape[:-1]) != lead:
             raise ValueError(
