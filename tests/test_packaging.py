@@ -112,6 +112,23 @@ def test_import_is_light(installed: Path) -> None:
     assert python(code, installed).split() == ["['klfast']", "False"]
 
 
+def test_modules_come_when_they_are_asked_for(installed: Path) -> None:
+    code = (
+        "import sys, klfast\n"
+        "print('klfast.gaussian' in sys.modules, klfast.gaussian.kl_divergence([0.0], [0.0]))\n"
+        "print({'bounds', 'estimators', 'llama_cpp'} <= set(dir(klfast)))\n"
+        "try: klfast.torch\n"
+        "except AttributeError as error: print(error)\n"
+        "print('torch' in sys.modules)"
+    )
+    assert python(code, installed).splitlines() == [
+        "False 0.0",
+        "True",
+        "module 'klfast' has no attribute 'torch' (import klfast.torch)",
+        "False",
+    ]
+
+
 def test_import_changes_nothing(installed: Path) -> None:
     code = (
         "import os, warnings, numpy as np\n"

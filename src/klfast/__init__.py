@@ -43,6 +43,7 @@ from ._dispatch import (
 from .errors import BackendUnavailable
 
 if TYPE_CHECKING:
+    from . import bounds, closed_forms, estimators, gaussian, information, llama_cpp
     from ._bench import Timing, bench
     from ._evaluation import Evaluation
     from ._gradients import ValueAndGradient, value_and_grad
@@ -73,6 +74,9 @@ _LAZY = {
     "value_and_grad": "_gradients",
     "write_report": "_html",
 }
+_MODULES = ("bounds", "closed_forms", "estimators", "gaussian", "information", "llama_cpp")
+# These import a library, which no look at this package, such as help(klfast), may do.
+_TO_BE_IMPORTED = ("distributed", "jax", "torch")
 
 __all__ = [
     "BackendStatus",
@@ -89,17 +93,23 @@ __all__ = [
     "alpha_divergence",
     "backends",
     "bench",
+    "bounds",
     "chi2_divergence",
+    "closed_forms",
     "compare",
     "cross_entropy",
     "entropy",
+    "estimators",
     "evaluate",
     "explain",
+    "gaussian",
     "get_num_threads",
     "info",
+    "information",
     "jeffreys_divergence",
     "js_divergence",
     "kl_divergence",
+    "llama_cpp",
     "log_softmax",
     "logsumexp",
     "open_logits",
@@ -119,12 +129,15 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f".{name}", __name__)
     if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        hint = f" (import {__name__}.{name})" if name in _TO_BE_IMPORTED else ""
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{hint}")
     value = getattr(import_module(f".{_LAZY[name]}", __name__), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
+    return sorted({*globals(), *_LAZY, *_MODULES})
