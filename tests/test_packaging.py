@@ -4,6 +4,7 @@ import ast
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from importlib.util import find_spec
@@ -28,27 +29,44 @@ def python(code: str, directory: Path) -> str:
     return result.stdout.strip()
 
 
+def build(kind: str, folder: Path) -> None:
+    """Build a "wheel" or an "sdist" of the source in `folder`, into it."""
+    code = f"from setuptools import build_meta; build_meta.build_{kind}('.')"
+    subprocess.run([sys.executable, "-c", code], cwd=folder, check=True, capture_output=True)
+
+
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The contents of the wheel, built from a copy so that nothing is left in the repository."""
-    copy = tmp_path_factory.mktemp("source") / "klfast"
-    copy.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        if (ROOT / name).exists():
-            shutil.copy(ROOT / name, copy)
-    skip = shutil.ignore_patterns("__pycache__", "*.egg-info")
-    for name in ("src", "kernels"):
-        shutil.copytree(ROOT / name, copy / name, ignore=skip)
-    subprocess.run(
-        [sys.executable, "-c", "from setuptools.build_meta import build_wheel; build_wheel('.')"],
-        cwd=copy,
-        check=True,
-        capture_output=True,
-    )
-    (wheel,) = copy.glob("*.whl")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the source distribution holds, built from a copy: nothing is left in the repository."""
+    copy = tmp_path_factory.mktemp("source")
+    skip = shutil.ignore_patterns("__pycache__", "*.egg-info", "build", "dist", ".*")
+    shutil.copytree(ROOT, copy, ignore=skip, dirs_exist_ok=True)
+    build("sdist", copy)
+    (archive,) = copy.glob("*.tar.gz")
+    target = tmp_path_factory.mktemp("unpacked")
+    with tarfile.open(archive) as content:
+        content.extractall(target, filter="data")
+    (folder,) = target.iterdir()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def installed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The contents of the wheel, built from the source distribution."""
+    build("wheel", source)
+    (wheel,) = source.glob("*.whl")
     target = tmp_path_factory.mktemp("site")
     zipfile.ZipFile(wheel).extractall(target)
     return target
+
+
+def test_the_source_distribution_is_the_repository(source: Path) -> None:
+    for name in ("benchmarks", "docs", "examples", "kernels", "src", "tests"):
+        for path in (ROOT / name).rglob("*"):
+            if path.is_file() and not {"__pycache__", "klfast.egg-info"} & set(path.parts):
+                assert (source / path.relative_to(ROOT)).is_file(), path
+    for name in ("CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md"):
+        assert (source / name).is_file()
 
 
 def test_every_module_of_the_repository_is_in_the_wheel(installed: Path) -> None:
