@@ -39,12 +39,18 @@ def blocks(text: str) -> Iterator[Block]:
         yield Block(language, code, output if following == "text" else None)
 
 
-README = list(blocks((ROOT / "README.md").read_text()))
+def with_blocks(language: str) -> list[Path]:
+    """The texts that have blocks of a language."""
+    return [
+        text
+        for text in TEXTS
+        if any(each.language == language for each in blocks((ROOT / text).read_text()))
+    ]
 
 
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder to run the README's examples in, which may write to it."""
+    """A folder to run examples in, which may write to it."""
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -70,19 +76,21 @@ def agree(shown: str, printed: str) -> bool:
 
 
 @pytest.mark.usefixtures("checkout")
-def test_the_python_examples_of_the_readme(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("text", with_blocks("python"), ids=str)
+def test_the_python_examples(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("torch")
     names: dict[str, Any] = {}
-    for block in README:
+    for block in blocks((ROOT / text).read_text()):
         if block.language == "python":
             exec(block.code, names)
             printed = capsys.readouterr().out
             assert agree(block.output or "", printed), printed
 
 
-def test_the_commands_of_the_readme(checkout: Path) -> None:
-    commands = [block.code for block in README if block.language == "console"]
-    assert commands
+@pytest.mark.parametrize("text", with_blocks("console"), ids=str)
+def test_the_commands(text: Path, checkout: Path) -> None:
+    found = blocks((ROOT / text).read_text())
+    commands = [block.code for block in found if block.language == "console"]
     for code in commands:
         command, shown = code.removeprefix("$ ").split("\n", 1)
         command, _, comment = command.partition("  # ")
