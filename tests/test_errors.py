@@ -261,6 +261,8 @@ CASES: dict[str, Case] = {
         ValueError,
         r"metric 'revers_kl' is unknown \(did you mean 'reverse_kl'\?\); accepted: kl, reverse_kl",
     ),
+    "metric in capitals": (lambda: compare("KL"), ValueError, "did you mean 'kl'"),
+    "metric by its function": (lambda: compare("kl_divergence"), ValueError, "did you mean 'kl'"),
     "metric like no other": (
         lambda: compare("zzzzzz"),
         ValueError,

@@ -380,9 +380,12 @@ def parse_metric(text: str, single: bool = False) -> tuple[Operation, tuple[floa
     name, *given = text.split(":")
     operation = OPERATIONS.get(name)
     if operation is None or not (operation.metric or single):
-        names = [each.name for each in OPERATIONS.values() if each.metric or single]
-        near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        known = [each for each in OPERATIONS.values() if each.metric or single]
+        names = [each.name for each in known]
+        # Many write the name of the function.
+        meant = {each.function: each.name for each in reversed(known)} | {n: n for n in names}
+        near = difflib.get_close_matches(name.lower(), meant, n=1, cutoff=0.5)
+        hint = f" (did you mean {meant[near[0]]!r}?)" if near else ""
         raise ValueError(f"metric {name!r} is unknown{hint}; accepted: {', '.join(names)}")
     wanted = operation.parameters
     if len(given) > len(wanted):

@@ -424,20 +424,20 @@ class Difference:
         elif not (math.isfinite(low) and math.isfinite(high)):
             verdict = f"whether {names[0]} or {names[1]} is closer to the base cannot be told"
         else:
+            told = not low <= 0 <= high
+            named = int(told and (difference > 0) == higher_is_closer)  # first, with its mean
+            sides = (-high, -low) if told and difference < 0 else (low, high)
             numbers = (
-                f"mean {metric} {means[0]:.4g} against {means[1]:.4g}, difference "
-                f"{difference:.3g} ({100 * resampling.level:g} % interval {low:.3g} to {high:.3g})"
+                f"mean {metric} {means[named]:.4g} against {means[1 - named]:.4g}, difference "
+                f"{abs(difference) if told else difference:.3g} "
+                f"({100 * resampling.level:g} % interval {sides[0]:.3g} to {sides[1]:.3g})"
             )
-            if low <= 0 <= high:
-                verdict = (
-                    f"between {names[0]} and {names[1]} there is no difference beyond noise: "
-                    f"{numbers}"
-                )
-            else:
-                closer = int((difference > 0) == higher_is_closer)
-                verdict = (
-                    f"{names[closer]} is closer to the base than {names[1 - closer]}: {numbers}"
-                )
+            verdict = (
+                f"{names[named]} is closer to the base than {names[1 - named]}: {numbers}"
+                if told
+                else f"between {names[0]} and {names[1]} there is no difference beyond noise: "
+                f"{numbers}"
+            )
         return cls(
             metric, *names, len(change), *means, difference, error, low, high, resampling.level,
             verdict,
