@@ -164,13 +164,28 @@ def test_jax_arrays_that_are_still_being_computed(pair: Pair) -> None:
     np.testing.assert_allclose(plain(got), klfast.reference.kl_divergence(*pair), rtol=1e-4)
 
 
-def test_tensors_that_require_a_gradient_are_read_for_their_values(pair: Pair) -> None:
+def test_no_result_loses_a_gradient_in_silence(pair: Pair) -> None:
     torch = pytest.importorskip("torch")
     p, q = (torch.from_numpy(x) for x in pair)
     expected = klfast.kl_divergence(p, q, backend="reference")
-    got = klfast.kl_divergence(p, q.clone().requires_grad_(), backend="reference")
+    wanted = q.clone().requires_grad_()
+    calls: list[Callable[[], Any]] = [
+        lambda: klfast.kl_divergence(p, wanted),
+        lambda: klfast.entropy(wanted),
+        lambda: klfast.log_softmax(wanted),
+        lambda: klfast.token_log_probs(wanted, 0),
+        lambda: klfast.token_log_probs(wanted, 0, return_entropy=True),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=r"requires a gradient, .*\.detach\(\)"):
+            call()
+    with torch.no_grad():
+        got = klfast.kl_divergence(p, wanted, backend="reference")
     assert torch.equal(got, expected)
     assert not got.requires_grad
+    # None of these is taken for a loss.
+    assert torch.equal(klfast.compare(p, wanted, "kl", backend="reference")["kl"], expected)
+    assert torch.equal(klfast.value_and_grad("kl", p, wanted, backend="reference").value, expected)
 
 
 LAYOUTS: dict[str, Callable[[NDArray[Any]], NDArray[Any]]] = {

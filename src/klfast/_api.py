@@ -3,7 +3,7 @@
 import functools
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, TypeVar, Unpack, cast
@@ -13,6 +13,7 @@ import numpy as np
 from . import _device
 from ._arguments import (
     DEFAULTS,
+    Batch,
     CompareOptions,
     ElementOptions,
     Options,
@@ -63,8 +64,8 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 ARRAYS = """\
 {names}: {batches}, shape (..., V), in float16, bfloat16, float32 or float64: NumPy
     arrays, PyTorch tensors, JAX arrays on the CPU, CuPy arrays, or anything on the CPU with
-    `__dlpack__`. Strides of any kind are read in place; nothing is copied or written to. Tensors
-    that require a gradient are read for their values, and the result has no gradient."""
+    `__dlpack__`. Strides of any kind are read in place; nothing is copied or written to. Results
+    have no gradient: functions of `klfast.torch` and `klfast.jax` have."""
 
 PAIR = """
     Batch axes broadcast against each other without being copied, and the dtypes may differ,
@@ -106,6 +107,10 @@ ValueError: for shapes that do not broadcast, vocabularies that differ or are em
     outside its range.
 BackendUnavailable: for a backend that cannot run here, or arrays on a device that none reads."""
 
+NO_GRADIENT = """
+ValueError: for tensors that require a gradient, outside torch.no_grad(): to PyTorch's autograd the
+    result would be a constant."""
+
 
 def documented(
     options: type, names: str = "p, q", operation: str | None = None, returns: str | None = None
@@ -126,7 +131,7 @@ def documented(
             "One value a row, of the shape of the batch, as the same kind of array as the input; a "
             "row\nthat holds NaN or +inf, or only -inf, gives NaN and leaves the others alone."
         )
-        sections["Raises"] = ERRORS
+        sections["Raises"] = ERRORS + (NO_GRADIENT if "out" in _keywords(options) else "")
         if operation is not None:
             entry = OPERATIONS[operation]
             sections = {"Formula": entry.formula} | sections | {"Source": entry.source}
@@ -181,6 +186,7 @@ def _evaluate(
             return result
     settings = check_options(operation.function, options, Options)
     batch = prepare(arrays, settings, tokens)
+    _refuse_gradients(batch, arrays)
     dtype, target = target_of(batch, result_shape(batch))
     if batch.place.device != "cpu":
         (result,) = _device.evaluate(batch, [(name, parameters)], dtype, target)
@@ -189,6 +195,19 @@ def _evaluate(
     if not batch.idle:
         batch.backend.run(name, batch.p, batch.q, parameters, batch.rows, values, batch.tokens)
     return finish(batch, values, operation.logarithmic, dtype, target)
+
+
+def _refuse_gradients(batch: Batch, arrays: Mapping[str, Any]) -> None:
+    """Raise where a result would be a constant in a loss, and nobody would notice."""
+    if batch.place.kind != "PyTorch" or not sys.modules["torch"].is_grad_enabled():
+        return
+    for name, x in arrays.items():
+        if x.requires_grad:
+            raise ValueError(
+                f"{name} requires a gradient, which the result would not have; accepted: "
+                f"{name}.detach(), or a call under torch.no_grad() (klfast.torch has functions "
+                "with gradients)"
+            )
 
 
 def _evaluate_plain(name: str, parameters: tuple[float, ...], p: Any, *others: Any) -> Any | None:
@@ -351,6 +370,7 @@ def token_log_probs(
     if settings.out is not None:
         raise TypeError("out is given with return_entropy, which has two results; accepted: None")
     batch = prepare({"logits": logits}, settings, ("tokens", tokens))
+    _refuse_gradients(batch, {"logits": logits})
     dtype, _ = target_of(batch, result_shape(batch))
     metrics: list[tuple[str, tuple[float, ...]]] = [("token_log_probs", ()), ("entropy", ())]
     if batch.place.device != "cpu":
@@ -380,6 +400,7 @@ def log_softmax(x: Any, **options: Unpack[ElementOptions]) -> Any:
     """
     settings = check_options("log_softmax", options, ElementOptions)
     batch = prepare({"x": x}, settings)
+    _refuse_gradients(batch, {"x": x})
     position = len(batch.shape) + 1 + batch.axis
     shape = (*batch.shape[:position], batch.p.width, *batch.shape[position:])
     dtype, target = target_of(batch, shape)
