@@ -102,6 +102,15 @@ def test_why_a_backend_cannot_be_imported(
         klfast.kl_divergence(P, P)
 
 
+def test_the_extra_that_a_backend_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def import_module(name: str) -> Any:
+        raise ModuleNotFoundError("No module named 'cupy'", name="cupy")
+
+    monkeypatch.setattr(_dispatch, "import_module", import_module)
+    with pytest.raises(klfast.BackendUnavailable, match=r'"klfast\[cuda12\]" or "klfast\[cuda13'):
+        _dispatch.load("cuda")
+
+
 def test_backends_names_all_and_why_not() -> None:
     statuses = klfast.backends()
     assert list(statuses) == ["cpu", "cuda", "reference"]

@@ -182,6 +182,10 @@ def test_limits() -> None:
     assert summary.violations(above={"nan_rows": 0}) == []
     with pytest.raises(ValueError, match=r"no statistic is named 'kl.man'; the nearest is 'kl.m"):
         summary.violations(above={"kl.man": 1})
+    without = evaluate(BASE, TEST).summary()
+    for name in ("perplexity.ratio", "nll_q.mean"):
+        with pytest.raises(ValueError, match=f"{name}' needs targets"):
+            without.violations(above={name: 1})
 
 
 # The accumulator
@@ -517,6 +521,9 @@ def test_refusals() -> None:
     wrong = TARGETS.copy()
     wrong[[7, 9]] = [60, -1]
     assert "target 60 at row 7 is outside the vocabulary, 0 to 59" in refusal(BASE, TEST, wrong)
+    wrong[:] = -100
+    assert "target -100 at row 0 is outside" in refusal(BASE, TEST, wrong)
+    assert "(Evaluation.update leaves rows out by where=)" in refusal(BASE, TEST, wrong)
     assert "targets must be integers" in refusal(BASE, TEST, TARGETS / 1)
     assert "metric 'nll_p' needs targets" in refusal(BASE, TEST, metrics=["nll_p"])
     assert "'renyl'" in refusal(BASE, TEST, metrics=["renyl:2"])

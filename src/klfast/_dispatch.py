@@ -226,7 +226,8 @@ def load(name: str) -> Backend:
         if error.name == module:
             reason = f"this version of klfast has no {name} kernels"
         else:
-            reason = f"{error.name} is not installed"
+            extras = ' (pip install "klfast[cuda12]" or "klfast[cuda13]")'
+            reason = f"{error.name} is not installed{extras if error.name == 'cupy' else ''}"
     except Exception as error:  # whatever a broken installation raises is the reason
         reason = f"importing it raised {type(error).__name__}: {error}"
     if reason is not None:

@@ -627,6 +627,8 @@ def _tokens(
         raise SourceError(
             f"{name}: target {int(tokens[first])} at row {first} is outside the vocabulary, "
             f"0 to {width - 1}"
+            + " (Evaluation.update leaves rows out by where=)"
+            * bool(tokens[first] < 0)
         )
     return tokens
 

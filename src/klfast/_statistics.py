@@ -17,6 +17,8 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from ._operations import TARGET_METRICS
+
 Values: TypeAlias = NDArray[np.float64]
 Range: TypeAlias = tuple[float, float]
 
@@ -333,6 +335,9 @@ def check_statistic(name: str, names: Sequence[str]) -> None:
         parts["flips"] = Flips
     known = [f"{part}.{one.name}" for part, owner in parts.items() for one in fields(owner)]
     known += ["nan_rows", "noise_floor"]
+    part = name.partition(".")[0]
+    if part in ("perplexity", *TARGET_METRICS) and part not in parts:
+        raise ValueError(f"statistic {name!r} needs targets, and there are none")
     if name not in known:
         near = (
             [f"{name}.mean"]
