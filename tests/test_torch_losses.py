@@ -119,6 +119,24 @@ def test_distillation_loss_is_its_formula() -> None:
     )
 
 
+def test_rows_that_a_distillation_loss_leaves_out() -> None:
+    teacher, student = logits(3, 7, 33, dtype=torch.float64)
+    student.requires_grad_()
+    labels = torch.arange(21).reshape(3, 7)
+    labels[0, 2:4] = -100
+    where = torch.arange(7) < 5
+    keep = where & (labels != -100)
+    for given, kept in ((labels, keep), (None, where.expand(3, 7))):
+        chosen = None if given is None else given[kept]
+        value = losses.distillation_loss(student, teacher, given, where=where, alpha=0.3)
+        expected = losses.distillation_loss(student[kept], teacher[kept], chosen, alpha=0.3)
+        torch.testing.assert_close(value, expected)
+    # alpha = 1 takes nothing else of the labels.
+    soft = losses.distillation_loss(student, teacher, labels, where=where, alpha=1.0)
+    torch.testing.assert_close(soft, losses.kl_divergence(teacher[keep], student[keep]).mean())
+    assert torch.autograd.grad(soft, student)[0][~keep].eq(0).all()
+
+
 def test_gradient_does_not_shrink_with_the_temperature() -> None:
     teacher, student = logits(5, 100, dtype=torch.float64)
     student.requires_grad_()
@@ -304,6 +322,8 @@ def test_bad_arguments_of_the_distillation_loss_are_named() -> None:
         losses.distillation_loss(student, teacher, torch.zeros(3, dtype=torch.long))
     with pytest.raises(TypeError, match=r"labels has dtype torch.float32; accepted: integers"):
         losses.distillation_loss(student, teacher, torch.zeros(2))
+    with pytest.raises(TypeError, match=r"where has dtype torch.int64; accepted: boolean"):
+        losses.distillation_loss(student, teacher, where=torch.ones(2, dtype=torch.long))
     with pytest.raises(ValueError, match="divergence is 'entropy', of one batch"):
         losses.distillation_loss(student, teacher, divergence="entropy")
     with pytest.raises(ValueError, match=r"temperature is \(1.0, 2.0\)"):

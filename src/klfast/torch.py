@@ -420,6 +420,7 @@ def distillation_loss(
     teacher: Tensor,
     labels: Tensor | None = None,
     *,
+    where: Tensor | None = None,
     divergence: str = "kl",
     temperature: float = 1.0,
     alpha: float = 0.5,
@@ -430,18 +431,20 @@ def distillation_loss(
     Formula:
         alpha T^2 mean D(softmax(teacher / T), softmax(student / T))
         + (1 - alpha) mean -log softmax(student)[label],
-    over the rows whose label is not `ignore_index`; without labels the first mean alone, times T^2.
-    The factor T^2 keeps the size of the gradient as T grows.
+    over the rows that `where` keeps and whose label is not `ignore_index`; without labels the first
+    mean alone, times T^2. The factor T^2 keeps the size of the gradient as T grows.
 
     Arguments:
         student: logits, shape (..., V).
         teacher: logits of the same shape; no gradient is given to them.
         labels: integers, shape (...), or None.
+        where: booleans, shape (...), or None: rows that are False take no part.
         divergence: "kl" is KL(teacher, student), "reverse_kl" KL(student, teacher); "jeffreys",
             "js", "js:WEIGHT" (the teacher's), "renyi:ORDER", "alpha:ORDER", "tv", ...: any that
             `klfast.value_and_grad` has.
         temperature: T > 0.
-        alpha: in [0, 1], the share of the divergence where there are labels.
+        alpha: in [0, 1], the share of the divergence where there are labels; 1 takes of them only
+            which rows to leave out.
         ignore_index: rows with this label are left out of both means.
 
     Returns:
@@ -459,9 +462,13 @@ def distillation_loss(
             f"student and teacher have shapes {tuple(student.shape)} and {tuple(teacher.shape)}; "
             "accepted: the same"
         )
-    keep = None
+    if where is not None:
+        _check_one_a_row("where", where, student.shape[:-1], "boolean")
+    keep = where
     if labels is not None:
         _check_one_a_row("labels", labels, student.shape[:-1], "integers")
+        if where is not None:
+            labels = labels.masked_fill(~where, ignore_index)
         keep = labels != ignore_index
     (temperature,) = temperatures(temperature, 1)
     soft = _evaluate(
@@ -469,7 +476,7 @@ def distillation_loss(
         keep, "mean",
     )  # fmt: skip
     soft = soft * temperature**2
-    if labels is None:
+    if labels is None or alpha == 1.0:
         return soft
     wide = student if student.dtype == torch.float64 else student.float()
     hard = torch.nn.functional.cross_entropy(
