@@ -127,6 +127,48 @@ def test_the_example_scripts(script: Path) -> None:
         assert float(last) < float(first), done.stdout
 
 
+def test_a_divergence_is_added_as_the_guide_for_contributors_says(tmp_path: Path) -> None:
+    # Laid out as when it is installed, and with the six steps done that NumPy and Numba can run.
+    package = tmp_path / "klfast"
+    shutil.copytree(ROOT / "src/klfast", package)
+    shutil.copytree(ROOT / "kernels", package / "kernels")
+    steps = [b.code for b in blocks((ROOT / "CONTRIBUTING.md").read_text()) if b.language == "text"]
+    _, reference, table, exact, fast, _, function = steps
+
+    def insert(file: str, before: str, text: str) -> None:
+        content = (package / file).read_text(encoding="utf-8")
+        assert content.count(before) == 1, (file, before)
+        (package / file).write_text(content.replace(before, text + before), encoding="utf-8")
+
+    insert("reference.py", "@_silent\ndef cross_entropy(", reference)
+    insert("_operations.py", '    Operation(\n        name="tv",', table)
+    insert("kernels/cpu/exact.py", "SUMS = {\n", exact)
+    insert("kernels/cpu/exact.py", '    "kl": kl,\n', '    "triangular": triangular,\n')
+    insert("kernels/cpu/two_phase.py", "INTEGRANDS = {", fast)
+    insert("kernels/cpu/two_phase.py", '"tv": k_tv,', '"triangular": k_triangular, ')
+    insert(
+        "kernels/plans.py",
+        '    "tv": _pair(',
+        '    "triangular": _pair("two_phase", "triangular"),\n',
+    )
+    insert("_api.py", '@documented(Options, operation="tv")', function)
+    code = """
+import numpy as np, klfast
+from klfast._api import triangular_discrimination as ours
+assert klfast.__file__.startswith(FOLDER), klfast.__file__
+x, y = np.random.default_rng(0).normal(size=(2, 3, 500))
+y[0] = x[0] + 1e-3 * y[0]
+for dtype, bound in (("float32", 2e-6), ("float64", 1e-13)):
+    rows = x.astype(dtype), y.astype(dtype)
+    expected = klfast.reference.triangular_discrimination(*rows)
+    np.testing.assert_allclose(ours(*rows, dtype="float64"), expected, rtol=bound)
+    assert (klfast.compare(*rows, "triangular")["triangular"] == ours(*rows)).all()
+"""
+    code = f"import sys; FOLDER = {str(tmp_path)!r}; sys.path.insert(0, FOLDER)\n{code}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_table_of_operations_is_current() -> None:
     page: Callable[[], str] = runpy.run_path(str(ROOT / "docs/operations.py"))["page"]
     written = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
