@@ -127,6 +127,7 @@ def test_the_example_scripts(script: Path) -> None:
         assert float(last) < float(first), done.stdout
 
 
+@pytest.mark.slow  # compiles kernels from new source
 def test_a_divergence_is_added_as_the_guide_for_contributors_says(tmp_path: Path) -> None:
     # Laid out as when it is installed, and with the six steps done that NumPy and Numba can run.
     package = tmp_path / "klfast"
