@@ -98,13 +98,25 @@ class ArraySource:
         )
         self._array = array if self._gather else array.reshape(-1, self.shape[-1])
 
-    def release(self) -> None:
-        """Give the pages of a mapped file back, which count as memory of this process."""
+    def read_ahead(self, start: int, stop: int) -> None:
+        """Have the system read these rows of a mapped file, and do not wait for it."""
+        self._advise("MADV_WILLNEED", start, stop)
+
+    def release(self, start: int, stop: int) -> None:
+        """Give the pages of these rows of a mapped file back, which count as this process's."""
+        self._advise("MADV_DONTNEED", start, stop)
+
+    def _advise(self, advice: str, start: int, stop: int) -> None:
         mapped: Any = self._array
         while mapped is not None and not isinstance(mapped, mmap.mmap):
             mapped = getattr(mapped, "base", None)
-        if mapped is not None and hasattr(mapped, "madvise"):  # not on Windows
-            mapped.madvise(mmap.MADV_DONTNEED)
+        if mapped is None or start == stop or not hasattr(mmap, advice):  # as on Windows
+            return
+        first, last = np.lib.array_utils.byte_bounds(self._array[start:stop])
+        begin = np.frombuffer(mapped, np.uint8).ctypes.data
+        # Rows beside these lose a page at either end, and have it mapped again.
+        page = (first - begin) // mmap.PAGESIZE * mmap.PAGESIZE
+        mapped.madvise(getattr(mmap, advice), page, last - begin - page)
 
     def check(self, start: int, stop: int) -> None:
         """Raise if the file is not what was mapped: rows read meanwhile may be anything."""
@@ -224,6 +236,8 @@ class ShardedSource:
         )
         self.mapped = all(isinstance(each, (ArraySource, MissingSource)) for each in shards)
         self.shards = tuple(shards)
+        #: The rows of every shard, of which the last may have fewer; 0 where they differ.
+        self.shard_rows = counts[0] if {*counts[:-1]} == {max(counts)} else 0
         self._starts = list(itertools.accumulate(counts, initial=0))
 
     def _parts(self, start: int, stop: int) -> Iterator[tuple[LogitSource, int, int, int]]:
@@ -248,11 +262,17 @@ class ShardedSource:
             return found
         return np.concatenate(parts) if parts else self.shards[0].read(0, 0)
 
-    def release(self) -> None:
-        """Give the pages of mapped files back, which count as memory of this process."""
-        for shard in self.shards:
+    def read_ahead(self, start: int, stop: int) -> None:
+        """Have the system read these rows of mapped files, and do not wait for it."""
+        for shard, _, *rows in self._parts(start, stop):
             if isinstance(shard, ArraySource):
-                shard.release()
+                shard.read_ahead(*rows)
+
+    def release(self, start: int, stop: int) -> None:
+        """Give the pages of these rows of mapped files back, which count as this process's."""
+        for shard, _, *rows in self._parts(start, stop):
+            if isinstance(shard, ArraySource):
+                shard.release(*rows)
 
     def check(self, start: int, stop: int) -> None:
         """Raise if a file with some of these rows is not what it was."""
