@@ -153,11 +153,12 @@ class RowState:
             raise TypeError(f"vocab_offset is {vocab_offset!r}; accepted: a whole number from 0")
         measures = _measures(operations)
         # Jeffreys is the sum of two divergences here, each of its own.
-        symmetric = any(each.symmetric and each.name != "jeffreys" for each, _ in operations)
+        symmetric = any(each.name in (*SECOND_PHASE, "hellinger2") for each, _ in operations)
+        # What follows from the masses of a batch alone.
+        alone = any(not needed(each.name, parameters) for each, parameters in operations)
         shape, array, temperatures = _read(
-            arrays, measures, settings, int(vocab_offset), targets,
-            symmetric,
-        )  # fmt: skip
+            arrays, measures, settings, int(vocab_offset), targets, symmetric, alone
+        )
         return cls(array, names, shape, temperatures, settings.input == "probs")
 
     def with_array(self, array: ArrayLike) -> RowState:
@@ -355,6 +356,7 @@ def _read(
     offset: int,
     targets: Any,
     symmetric: bool,
+    alone: bool,
 ) -> tuple[tuple[int, ...], Array, tuple[float, ...]]:
     """Shape of the batch, numbers of the state, and temperatures."""
     sides = len(arrays)
@@ -374,7 +376,7 @@ def _read(
     metrics = [(each.name, each.parameters) for each in asked]
     if batch.place.device == "cpu":
         found, ratio, values = batch.backend.shard(
-            metrics, batch.p, batch.q, batch.rows, local, symmetric
+            metrics, batch.p, batch.q, batch.rows, local, symmetric, alone
         )
     else:
         found, ratio, values = _device.shard(batch, metrics, local)
