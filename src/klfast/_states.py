@@ -22,6 +22,8 @@ Array = NDArray[np.float64]
 #: Measures that are the index of the largest entry.
 _INDICES = {"top_index_p": 0, "top_index_q": 1}
 _TOKENS = ("nll_p", "nll_q")
+#: Rows of states that are merged at a time: temporaries stay in cache.
+_MERGED_ROWS = 4096
 
 
 class StateOptions(TypedDict, total=False):
@@ -182,11 +184,19 @@ class RowState:
                 if here != there:
                     raise ValueError(f"the states have {what} {here} and {there}; accepted: equal")
             arrays.append(other.array)
-        # Neighbours first, then pairs of them: fewer roundings than one after the other.
+        # Neighbours first, then pairs of them: fewer roundings than one after the other, and all
+        # pairs at once. Rows are independent, so that they may be merged in blocks.
         while len(arrays) > 1:
-            pairs = zip(arrays[::2], arrays[1::2], strict=False)
-            merged = [merge(*pair, sides, measures, temperatures, self.weights) for pair in pairs]
-            arrays = merged + arrays[len(arrays) // 2 * 2 :]
+            pairs = len(arrays) // 2
+            first, second = (np.concatenate(arrays[side : 2 * pairs : 2]) for side in (0, 1))
+            merged = np.concatenate([
+                merge(
+                    first[start : start + _MERGED_ROWS], second[start : start + _MERGED_ROWS],
+                    sides, measures, temperatures, self.weights,
+                )
+                for start in range(0, max(1, len(first)), _MERGED_ROWS)
+            ])  # fmt: skip
+            arrays = [*np.split(merged, pairs), *arrays[2 * pairs :]]
         return self.with_array(arrays[0])
 
     @property
