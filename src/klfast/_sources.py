@@ -311,8 +311,9 @@ class ZarrSource:
 def completed(sources: Sequence[LogitSource]) -> list[LogitSource]:
     """Sources of the same rows, in which shards that cannot be read have their place.
 
-    A shard that another source has under the same number, and this one has not, is missing. How
-    many rows one has that cannot be read is known from that of the same number, from what is
+    A shard that another source has under the same number, and this one has not, is missing; and
+    one whose number is left out, where another source has the rows that it would have. How many
+    rows one has that cannot be read is known from that of the same number, from what is
     missing to the rows of another source, or from the other shards, where those are all of one
     length. Where it is not, the reason why it cannot be read is raised.
     """
@@ -331,11 +332,19 @@ def _completed(source: LogitSource, others: Sequence[LogitSource]) -> LogitSourc
                     theirs[number] = name, _rows_of(each)
     total = max(map(_rows_of, others), default=0)
     if shards.keys() & theirs.keys() and _rows_of(source) != total:
-        for number in theirs.keys() - shards.keys():
-            missing = _renumbered(next(iter(source.entries)), columns, number)
-            error = SourceError(f"{missing}: is missing, and {theirs[number][0]} is there")
-            error.file = missing
-            shards[number] = missing, error
+        missing = {
+            number: f"{theirs[number][0]} is there" for number in theirs.keys() - shards.keys()
+        }
+    else:
+        longest = max(others, key=_rows_of, default=source).name
+        missing = dict.fromkeys(
+            _left_out(columns, shards, total), f"{longest} has {total} rows"
+        )  # fmt: skip
+    for number, reason in missing.items():
+        name = _renumbered(next(iter(source.entries)), columns, number)
+        error = SourceError(f"{name}: is missing, and {reason}")
+        error.file = name
+        shards[number] = name, error
     broken = [each for _, each in shards.values() if isinstance(each, SourceError)]
     if not broken:
         for each in source.entries.values():
@@ -361,6 +370,22 @@ def _completed(source: LogitSource, others: Sequence[LogitSource]) -> LogitSourc
     if total and sum(map(_rows_of, whole)) != total:
         raise broken[0]
     return ShardedSource(whole, source.name, list(map(Path, source.files)))
+
+
+def _left_out(
+    columns: Sequence[int], shards: Mapping[_Numbers, tuple[str, _Entry]], total: int
+) -> list[_Numbers]:
+    """Numbers between those of the shards, if the rows that are not in these fit there."""
+    known = [_rows_of(each) for _, each in shards.values() if not isinstance(each, SourceError)]
+    left = total - sum(known)
+    if len(columns) != 1 or len(known) < len(shards) or left <= 0:
+        return []
+    numbers = [number for (number,) in shards]
+    first, last = min(numbers), max(numbers)
+    count = last - first + 1 - len(numbers)
+    if not 0 < count <= len(numbers) or (count > 1 and {*known} != {left / count}):
+        return []
+    return [(number,) for number in range(first, last) if (number,) not in shards]
 
 
 def _rows_of(source: LogitSource) -> int:
