@@ -517,6 +517,11 @@ def evaluate(
         If a file or array or checkpoint cannot be used, in one line that names it.
     ValueError
         If shapes differ, targets do not fit, or an argument is not acceptable.
+
+    Notes
+    -----
+    Do not make mapped files shorter meanwhile: see `klfast.open_logits`. `klfast compare`, which is
+    a process of its own, survives that, and so does a job on a cluster.
     """
     several = isinstance(test, (list, tuple))
     asked: dict[str, Any] = {**options}

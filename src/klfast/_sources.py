@@ -445,6 +445,13 @@ def open_logits(path: str | os.PathLike[str], key: str | None = None) -> LogitSo
     SourceError
         If a file is missing, unreadable, empty, truncated, pickled, or holds something else.
         The message is one line that begins with the file's name.
+
+    Notes
+    -----
+    Files that are not compressed are memory-mapped. One that another program makes shorter, before
+    rows that are gone are read, is a SourceError; in the very moment in which they are read it ends
+    the process by SIGBUS, as with every memory map: only a signal handler, which is the process's
+    own, could prevent that.
     """
     source = open_available(path, key)
     if isinstance(source, ShardedSource):
