@@ -350,11 +350,11 @@ class Job:
                 except SourceError as error:
                     parts.append(error)
                     continue
-                done = time.perf_counter()
                 for source in self._mapped:
                     source.release(*rows)
+                known = sum(part[f"{number}/seconds"] for number in range(len(self.tests)))
                 last = f"{len(self.tests) - 1}/seconds"
-                part[last] = part[last] + (time.perf_counter() - done)
+                part[last] = part[last] + (time.perf_counter() - began - known)
                 parts.append(part)
         return parts
 

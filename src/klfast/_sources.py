@@ -18,6 +18,7 @@ import re
 import struct
 import weakref
 import zipfile
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -242,11 +243,15 @@ class ShardedSource:
 
     def _parts(self, start: int, stop: int) -> Iterator[tuple[LogitSource, int, int, int]]:
         """The shards that hold these rows: where each begins, and its rows, first and last."""
-        ends = itertools.pairwise(self._starts)
-        for shard, (begin, end) in zip(self.shards, ends, strict=True):
+        # The last one of those that begin there: others have no rows.
+        holder = bisect_right(self._starts, start, hi=len(self.shards)) - 1
+        for number in range(holder, len(self.shards)):
+            begin, end = self._starts[number : number + 2]
+            if begin >= stop:
+                return
             first, last = max(start, begin), min(stop, end)
             if first < last:
-                yield shard, begin, first - begin, last - begin
+                yield self.shards[number], begin, first - begin, last - begin
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
         parts = []
