@@ -2,8 +2,10 @@
 
 Run ``python benchmarks/workers.py``: an evaluation job over shards of 1 GB by one worker and by
 two, in turns, each worker with one thread; beside it the speed at which one process, and two at a
-time, read the same bytes and do nothing else. Shards are four files again and again, so that they
-stay in memory (4 GB). Prints Markdown. ``--folder`` keeps the files for the next run.
+time, read the same bytes and do nothing else. There is only one cluster at a time: idle workers
+and a second scheduler take time of the cores, too. Shards are four files again and again, so that
+they stay in memory (4 GB). Prints Markdown. ``--folder`` keeps the files for the next run, and says
+which file system they are on.
 """
 
 from __future__ import annotations
@@ -14,9 +16,9 @@ import io
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from distributed import Client, LocalCluster
@@ -63,21 +65,41 @@ def read_speed(files: Sequence[Path]) -> float:
     return float(sum(each.nbytes for each in maps) / min(seconds[1:]))
 
 
-@contextlib.contextmanager
-def cluster(workers: int) -> Iterator[str]:
-    """The address of a cluster of workers with one thread each."""
-    with LocalCluster(
-        n_workers=workers, threads_per_worker=1, dashboard_address=None
-    ) as started:  # fmt: skip
-        yield started.scheduler_address
+class Turn(NamedTuple):
+    """What one cluster does."""
+
+    seconds: float  # of a job
+    tasks: float  # of all its tasks together
+    read: float  # bytes a second that all workers read at the same time
 
 
-def job(address: str, base: Path, test: Path, rows: int, metrics: Any) -> tuple[float, float]:
-    """Seconds that a job takes, and those that its tasks take."""
-    start = time.perf_counter()
-    with contextlib.redirect_stderr(io.StringIO()):  # the dashboard's address
-        found = klfast.evaluate(base, test, metrics=metrics, chunk_rows=rows, dask=address)
-    return time.perf_counter() - start, found.seconds
+def measured(workers: int, base: Path, test: Path, metrics: Any) -> Turn:
+    """A job by a new cluster of workers with one thread each, which know the kernels."""
+    with (
+        LocalCluster(
+            n_workers=workers, threads_per_worker=1, dashboard_address=None
+        ) as cluster,
+        contextlib.redirect_stderr(io.StringIO()),  # the dashboard's address
+    ):  # fmt: skip
+        address = cluster.scheduler_address
+        with Client(address) as client:
+            client.wait_for_workers(workers)
+            # One task a worker: they read at the same time.
+            names = list(client.scheduler_info(n_workers=-1)["workers"])
+            reading = [
+                client.submit(
+                    read_speed, [side / f"{i}.npy" for side in (base, test)], workers=[name]
+                )
+                for i, name in enumerate(names)
+            ]
+            read = sum(client.gather(reading))
+        first = [f"{side}/[0-{DIFFERENT - 1}].npy" for side in (base, test)]
+        sides: Any
+        for sides in (first, (base, test)):
+            start = time.perf_counter()
+            found = klfast.evaluate(*sides, metrics=metrics, dask=address)
+            seconds = time.perf_counter() - start
+    return Turn(seconds, found.seconds, read)
 
 
 def main() -> None:
@@ -96,37 +118,22 @@ def main() -> None:
             memory = Path("/dev/shm")
             place = memory if memory.is_dir() else None
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=place)))
-        size = options.rows, options.vocab, options.shards
-        pair = written(folder, *size)
-        addresses = [stack.enter_context(cluster(workers)) for workers in (1, 2)]
-        reading = []
-        for workers, address in enumerate(addresses, start=1):
-            with Client(address) as client:
-                client.wait_for_workers(workers)
-                # One task a worker: they read at the same time.
-                names = list(client.scheduler_info(n_workers=-1)["workers"])
-                tasks = [
-                    client.submit(read_speed, [side / f"{i}.npy" for side in pair], workers=[name])
-                    for i, name in enumerate(names)
-                ]
-                reading.append(sum(client.gather(tasks)))
-        jobs = [[job(each, *pair, options.rows, metrics) for each in addresses]
-                for _ in range(options.rounds + 1)][1:]  # fmt: skip
+        pair = written(folder, options.rows, options.vocab, options.shards)
+        turns = [
+            [measured(workers, *pair, metrics) for workers in (1, 2)] for _ in range(options.rounds)
+        ]
     gigabytes = 2 * options.rows * options.vocab * 4 * options.shards / 1e9
-    one, two = (
-        (statistics.median(turn[i][0] for turn in jobs), i + 1) for i in range(2)
-    )  # fmt: skip
     print("| workers | job | measured | times one | beside tasks | plain read | times one |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
-    for seconds, workers in (one, two):
-        ratio = statistics.median(turn[0][0] / turn[workers - 1][0] for turn in jobs)
-        idle = statistics.median(
-            1.0 - turn[workers - 1][1] / workers / turn[workers - 1][0] for turn in jobs
-        )
-        read = reading[workers - 1]
+    for workers, each in enumerate(zip(*turns, strict=True), start=1):
+        seconds = statistics.median(turn.seconds for turn in each)
+        times = statistics.median(turn[0].seconds / turn[workers - 1].seconds for turn in turns)
+        idle = statistics.median(1.0 - turn.tasks / workers / turn.seconds for turn in each)
+        read = statistics.median(turn.read for turn in each)
+        more = statistics.median(turn[workers - 1].read / turn[0].read for turn in turns)
         print(
-            f"| {workers} | {seconds:.2f} s | {gigabytes / seconds:.1f} GB/s | {ratio:.2f} "
-            f"| {100 * idle:.1f} % | {read / 1e9:.1f} GB/s | {read / reading[0]:.2f} |"
+            f"| {workers} | {seconds:.2f} s | {gigabytes / seconds:.1f} GB/s | {times:.2f} "
+            f"| {100 * idle:.1f} % | {read / 1e9:.1f} GB/s | {more:.2f} |"
         )
 
 

@@ -11,7 +11,7 @@ import pytest
 
 import klfast
 
-pytest.importorskip("distributed")
+distributed = pytest.importorskip("distributed")
 
 RANDOM = np.random.default_rng(8)
 BASE = 3 * RANDOM.standard_normal((60, 300)).astype(np.float32)
@@ -79,8 +79,9 @@ if __name__ == "__main__":
             assert "test-1.npz" in str(error) and "ranges of rows failed" in str(error), error
         else:
             raise AssertionError("no error")
-        kept = sorted(path.name for path in Path("kept").glob("rows-*"))
-        assert len(kept) == 10, kept
+        parts = [path.stem.split("-") for path in Path("kept").glob("rows-*")]
+        kept = [row for _, first, last in parts for row in range(int(first), int(last))]
+        assert sorted(kept) == [*range(20), *range(40, 60)], kept
         Path("test-1.npz").write_bytes(whole)
         seen = [0]
         assert job(dask=address, checkpoint="kept", resume=True, progress=progress) == alone
@@ -219,7 +220,7 @@ def test_what_is_done_is_not_done_again(capfd: pytest.CaptureFixture[str]) -> No
     assert first.returncode == 0, first.stderr
     assert "dashboard at http" in first.stderr
     kept = {path: path.stat().st_mtime_ns for path in Path("kept").glob("rows-*")}
-    lost = sorted(kept)[3]
+    lost = sorted(kept)[-1]  # the last task is of one range
     lost.unlink()
     again = subprocess.run([*arguments, "two.json"], capture_output=True, text=True, timeout=120)
     assert again.returncode == 0, again.stderr
@@ -236,6 +237,49 @@ def test_a_scheduler_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("klfast._cluster.CONNECT_SECONDS", 1)
     with pytest.raises(klfast.SourceError, match="cannot be reached"):
         klfast.evaluate("base.npy", "test-*.npz", dask="tcp://127.0.0.1:9")
+
+
+@pytest.mark.parametrize("threads", [1, 2, 7])
+@pytest.mark.parametrize("most", [1, 3, 100])
+def test_tasks_become_smaller_toward_the_end(threads: int, most: int) -> None:
+    from klfast._cluster import _tasks
+
+    ranges = list(range(0, 300, 3))
+    tasks = _tasks(ranges, most, threads)
+    assert [row for task in tasks for row in task] == ranges
+    sizes = [len(task) for task in tasks]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] == min(most, -(-100 // (2 * threads)))
+    assert sizes[-1] == 1
+
+
+@pytest.mark.usefixtures("files")
+def test_of_a_task_that_fails_every_other_range_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task may end a worker, or fail in a way that nobody thought of."""
+    from klfast._cluster import measured_on
+    from klfast._job import Job
+
+    job = Job("base.npy", ["test-*.npz"], chunk_rows=4)
+    whole = Job.measured
+
+    def failing(self: Job, starts: list[int]) -> list[object]:
+        if 8 in starts:
+            raise MemoryError("no more of it")
+        return [*whole(self, starts)]
+
+    monkeypatch.setattr(Job, "measured", failing)
+    monkeypatch.setattr("klfast.kernels.cpu.threads._limit", None)  # which the worker sets
+    with distributed.LocalCluster(
+        n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None
+    ) as cluster:  # fmt: skip
+        (failed,) = [
+            (start, found)
+            for together in measured_on(cluster.scheduler_address, job, range(0, 60, 4))
+            for start, found in together
+            if isinstance(found, klfast.SourceError)
+        ]
+    assert failed[0] == 8
+    assert str(failed[1]) == "no more of it"
 
 
 def test_arrays_in_memory_cannot_be_sent() -> None:

@@ -237,10 +237,11 @@ def test_any_thread_measures() -> None:
         LinearLogits(OTHER, -WEIGHT),
     ]
     job = Job(sides[0], sides[1:], metrics=["kl"], chunk_rows=1)
-    expected = [job.measured(start) for start in range(15)]
+    expected: list[Any] = job.measured(range(15))
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(job.measured, [*range(15)] * 20))
-    for start, part in enumerate(found):
+        found = list(pool.map(job.measured, [[start] for start in range(15)] * 20))
+    for start, (part,) in enumerate(found):
+        assert not isinstance(part, klfast.SourceError)
         for name in ("0/kl", "1/kl"):
             np.testing.assert_array_equal(part[name], expected[start % 15][name])
 

@@ -77,6 +77,10 @@ MIDDLE = list(range(20, 40, 4))
          "test-2.npy: is missing, and base-2.npy is there", list(range(40, 60, 4))),
         ("base-*.npz", "test-*.npy", Path("base-0.npz").unlink,
          "base-0.npz: is missing, and test-0.npy is there", list(range(0, 20, 4))),
+        ("base.npy", "test-*.npy", Path("test-1.npy").unlink,
+         "test-1.npy: is missing, and base.npy has 60 rows", MIDDLE),
+        ("base-*.npy", "test.npy", Path("base-1.npy").unlink,
+         "base-1.npy: is missing, and test.npy has 60 rows", MIDDLE),
         ("base.npy", "test-*.npz", overwrite("test-1.npz"), "test-1.npz: cannot be read", MIDDLE),
     ],
 )  # fmt: skip
@@ -113,6 +117,20 @@ def test_other_files_may_not_change_meanwhile() -> None:
     np.save("test-2.npy", TEST[:20])
     with pytest.raises(SourceError, match=r"kept: belongs to another job: test-2\.npy has changed"):
         job(resume=True)
+
+
+@pytest.mark.parametrize("numbers", [(0, 1), (0, 9), (1, 2)])
+@pytest.mark.usefixtures("files")
+def test_rows_that_no_number_is_left_out_for(numbers: tuple[int, int]) -> None:
+    """What is missing then cannot be named."""
+    names = [f"test-{number}.npy" for number in range(3)]
+    Path(names[1]).rename("spare-0.npy")
+    Path(names[2]).rename("spare-1.npy")
+    Path(names[0]).unlink()
+    for spare, number in enumerate(numbers):
+        Path(f"spare-{spare}.npy").rename(f"test-{number}.npy")
+    with pytest.raises(SourceError, match=r"has shape \(40, 300\), but base\.npy has \(60, 300\)"):
+        job("base.npy")
 
 
 @pytest.mark.usefixtures("files")

@@ -14,6 +14,7 @@ import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
+from klfast._job import Job
 from klfast._sources import (
     ArraySource,
     LogitSource,
@@ -328,3 +329,45 @@ def test_missing_package_names_the_install_command(
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(SourceError, match=rf'needs the package {package}: pip install "klfast\[e'):
         open_logits(path)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="asks Linux what is resident")
+@pytest.mark.parametrize("save", [save_npy, save_npz, save_safetensors])
+def test_rows_that_are_released_are_resident_no_longer(tmp_path: Path, save: Save) -> None:
+    """Those beside them are, but for a page at either end; and all of them are read again."""
+    logits = np.arange(64 * 4096, dtype=np.float32).reshape(64, 4096)
+    path = save(tmp_path / "logits", logits)
+    source = open_logits(path)
+    assert isinstance(source, ArraySource)
+
+    def resident() -> int:
+        entry = Path("/proc/self/smaps").read_text().partition(str(path))[2]
+        return 1024 * int(entry.partition("Rss:")[2].split()[0])
+
+    source.read_ahead(0, 64)
+    np.testing.assert_array_equal(source.read(0, 64), logits)
+    assert resident() >= logits.nbytes
+    source.release(16, 48)
+    # The system maps pages around one that is read, and none here are.
+    assert abs(resident() - logits.nbytes / 2) < 2**16
+    np.testing.assert_array_equal(source.read(0, 64), logits)
+    source.release(0, 64)
+    assert resident() < 2**16
+
+
+@pytest.mark.parametrize(
+    ("counts", "expected"),
+    [([1000, 1000], 100), ([1000, 1000, 70], 100), ([128, 128], 64), ([16, 16, 16], 64),
+     ([48, 48, 48], 96), ([1009, 1009], 64), ([1000, 900, 1000], 64), ([300], 64)],
+)  # fmt: skip
+def test_chunks_end_where_shards_do(tmp_path: Path, counts: list[int], expected: int) -> None:
+    """As far as shards of one length allow: rows of two of them would have to be copied."""
+    row = np.zeros(1, np.float32)
+    for number, count in enumerate(counts):
+        shard = np.lib.format.open_memmap(
+            tmp_path / f"{number:02}.npy", "w+", np.float32, (count, 2**17)
+        )  # fmt: skip
+        shard[0, :1] = row
+    source = open_logits(tmp_path)
+    job = Job(source, [np.broadcast_to(row, source.shape)])
+    assert job.chunk_rows == expected

@@ -87,6 +87,49 @@ def test_rows_wider_than_a_tile_and_than_what_a_thread_takes(width: int, cuts: l
     check(cases(width, one_in=13), cuts)
 
 
+@pytest.mark.parametrize(
+    "metrics",
+    [["kl"], ["reverse_kl"], ["kl", "reverse_kl", "same_top"], ["kl", "nll_p"], ["renyi:0.5"],
+     ["renyi:0.1"], ["chi2", "entropy_q"], ["kl", "top_p", "renyi_entropy:inf"]],
+)  # fmt: skip
+def test_a_few_metrics(metrics: list[str]) -> None:
+    """Normalizers that the kernel of a pair leaves are as good as those of the rows alone."""
+    check(cases(517), [0, 100, 258, 259, 500], metrics)
+    check(cases(517, one_in=5), [200, 300], metrics, temperature=0.7)
+
+
+def test_few_wide_rows() -> None:
+    """Rows of which threads take parts, whose largest entries are looked for in the end."""
+    rng = np.random.default_rng(4)
+    p = (3.0 * rng.normal(size=(3, 40000))).astype("f")
+    q = (p + 0.2 * rng.normal(size=p.shape)).astype("f")
+    state = RowState.of(p, q, ["kl", "same_top"])
+    np.testing.assert_array_equal(state.array[:, [0, 2]], np.stack([p.max(-1), q.max(-1)], -1))
+    np.testing.assert_array_equal(state.array[:, -2:], np.stack([p.argmax(-1), q.argmax(-1)], -1))
+    np.testing.assert_allclose(
+        state.array[:, [0, 2]] + state.array[:, [1, 3]],
+        np.stack([klfast.logsumexp(x, backend="reference", dtype="float64") for x in (p, q)], -1),
+        rtol=1e-7,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 64])
+def test_many_parts_are_merged_as_pairs_are(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = cases(517, one_in=7)
+    places = np.linspace(0, 517, count + 1).astype(int)
+    parts = [
+        RowState.of(found.p[:, a:b], found.q[:, a:b], ["kl", "chi2", "same_top"], vocab_offset=a)
+        for a, b in itertools.pairwise(places.tolist())
+    ]
+    states = parts
+    while len(states) > 1:
+        pairs = [one.merge(other) for one, other in zip(states[::2], states[1::2], strict=False)]
+        states = pairs + states[len(states) // 2 * 2 :]
+    assert parts[0].merge(*parts[1:]) == states[0]
+    monkeypatch.setattr("klfast._states._MERGED_ROWS", 5)
+    assert parts[0].merge(*parts[1:]) == states[0]
+
+
 def test_temperature() -> None:
     check(cases(517, one_in=3), [200, 300], temperature=0.7)
 

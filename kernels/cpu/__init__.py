@@ -39,6 +39,7 @@ from ..plans import (
     LOG_RATIO,
     LOG_SOFTMAX,
     NORMALIZERS,
+    STATISTICS,
     Finish,
     Plan,
     Step,
@@ -79,7 +80,7 @@ AT_A_TIME = 1 << 16
 #: Bytes of both rows that ``compare`` keeps in cache while every metric reads them.
 CACHE_BLOCK = 1 << 21
 
-#: KL divergences from which the normalizers of a part are compared as they are.
+#: Divergences from which the normalizers of a part are compared as they are.
 FAR = 0.02
 
 _LOG2_E = math.log2(math.e)
@@ -91,7 +92,7 @@ _ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 _DTYPE_CODE = {"float16": 0, "bfloat16": 1, "float32": 2, "float64": 3}
 #: The parameters of each kernel, as native.kernel wants them.
 _SIGNATURE = {
-    "one_pass": "q" * 18 + "d" * 3,
+    "one_pass": "q" * 19 + "d" * 3,
     "two_phase": "q" * 20 + "d",
     "single_pass": "q" * 18 + "d",
     "exact": "q" * 19 + "d" * 3,
@@ -251,7 +252,8 @@ def _step(
 
     First the same ``exactly``, where that is another one, then ``exact``.  ``out`` is an array of
     values, or for log_softmax the rows to write.  ``alone`` keeps the work in this thread, and
-    rows uncut.  Into ``known`` go the constants of each row, NaN where only ``exact`` has them.
+    rows uncut.  Into ``known`` go the constants of each row, NaN where only ``exact`` has them, and
+    where it has five columns the first indices of the largest entries.
     ``normalizers`` are those of whole rows, of which these are shards.
     """
     if step.rows[0] == "q":
@@ -323,7 +325,9 @@ def _unfinished(
             reach = REACH_EXACTLY if exactly else REACH / max(1.0, step.parameter)
             if step.parameter > 2.0:
                 reach = min(reach, step.limit)
-            runs = [(*lead, *results, _address(known), inverse, step.parameter, reach)]
+            columns = 0 if known is None else known.shape[1]
+            known_at = (_address(known), columns)
+            runs = [(*lead, *results, *known_at, inverse, step.parameter, reach)]
         else:
             constants = None if normalizers is None else _constants(normalizers, p.temperature)
             phases = (0,) if parts == 1 or constants is not None else (1, 2)
@@ -457,7 +461,7 @@ def _steps(
     q: Rows | None,
     rows: Numbers | None,
     tokens: Numbers | None,
-    known: Values | None = None,
+    known: tuple[Step, Values] | None = None,
     exactly: bool = False,
 ) -> dict[Step, Values]:
     """What each step gives.
@@ -468,7 +472,7 @@ def _steps(
     to have them ``exactly``.
     """
     spaces = {step: _empty(step, p.count) for step in steps}
-    into = {step: known if step in _KNOWING else None for step in spaces}
+    into = dict.fromkeys(spaces) if known is None else dict.fromkeys(spaces) | dict([known])
     numbers = np.arange(p.count) if rows is None else rows
     row_bytes = p.width * (_ITEMSIZE[p.dtype] + (0 if q is None else _ITEMSIZE[q.dtype]))
     at_a_time = max(1, CACHE_BLOCK // row_bytes)
@@ -477,8 +481,10 @@ def _steps(
         for step in steps:
             _step(step, p, q, block, spaces[step], tokens, alone, exactly, into[step])
 
-    if len(numbers) < FEW_ROWS and p.width > PART and not exactly:
-        # Too few to give every thread rows of its own: all threads work on each row.
+    few = len(numbers) < FEW_ROWS and p.width > PART
+    if not exactly and (few or len(spaces) == 1):
+        # Too few to give every thread rows of its own: all threads work on each row.  Or nothing
+        # is to be found in a cache.
         each(spaces, numbers, False)
         return spaces
     together = _together(spaces) if q is not None and known is None and _is_fast(p, q) else {}
@@ -557,11 +563,6 @@ def _planned(plan: Plan, spaces: dict[Step, Values], rows: Numbers | None, count
     return out
 
 
-#: Steps that leave the constants of each row.
-_KNOWING = {step for both in ([("kl", ())], [("kl", ()), ("reverse_kl", ())])
-            for plan in plans_of(both) for step in plan.steps} | {NORMALIZERS}  # fmt: skip
-
-
 def shard(
     metrics: Sequence[tuple[str, tuple[float, ...]]],
     p: Rows,
@@ -569,6 +570,7 @@ def shard(
     rows: Numbers | None,
     tokens: Numbers | None,
     symmetric: bool = False,
+    alone: bool = True,
 ) -> tuple[list[Values], Values | None, list[Values]]:
     """What is known of each row by itself, as of a part of a wider one.
 
@@ -576,9 +578,12 @@ def shard(
     m, three columns: NaN where the row is no distribution, -inf, 0 and -1 where all of it is -inf.
     Of two batches Lx - Ly, as exactly as the rows are close; ``symmetric`` where exchanging them
     must change nothing but its sign, and what it is off may enter a result as it is, and not as its
-    square.  And the values of the metrics.
+    square.  And the values of the metrics.  L is relatively exact where a metric has it ``alone``
+    or of its own; else as exact as a mass has to be.
     """
-    plans = plans_of([*metrics, *([] if q is None else [("kl", ())])])
+    plans = plans_of(metrics)
+    if q is not None and not symmetric and _knowing(plans) is None:
+        plans = plans_of([*metrics, ("kl", ())])
     batches = [p] if q is None else [p, q]
     single = [statistics_of(side) for side in "pq"[: len(batches)]]
     # Exponentials of large multiples of what is known of a part.
@@ -587,38 +592,54 @@ def shard(
         # Of a pair one of which needs float64, the masses of both do.
         plans = [plan._replace(steps=tuple(map(_in_float64, plan.steps))) for plan in plans]
         single = [_in_float64(step) for step in single]
-    known = np.full((p.count, 3), np.nan)
-    steps = [*single, *(step for plan in plans for step in plan.steps)]
-    spaces = _steps(steps, p, q, rows, tokens, known)
-    sides = [
-        _masses(batch, spaces[step], rows) for batch, step in zip(batches, single, strict=True)
-    ]
-    values = [_planned(plan, spaces, rows, p.count) for plan in plans[: len(metrics)]]
     keep = slice(None) if rows is None else rows
+    numbers = np.arange(p.count) if rows is None else rows
+    steps = [step for plan in plans for step in plan.steps]
+    # A kernel of both batches has their masses, and finds their largest entries.
+    knows = _knowing(plans)
+    shared = not (knows is None or alone or powers)
+    known = np.full((p.count, 5), np.nan)
+    asked = [step for step in single if step in steps or not shared]
+    into = None if knows is None else (knows, known)
+    spaces = _steps([*asked, *steps], p, q, rows, tokens, into)
+    sides = []
+    for number, (batch, step) in enumerate(zip(batches, single, strict=True)):
+        if step not in spaces:
+            spaces[step] = _statistics(batch, known[:, number], known[:, 3 + number], rows)
+            left = numbers[~np.isfinite(known[numbers]).all(axis=-1)]
+            if len(left):
+                _step(step, p, q, left, spaces[step], None)
+        sides.append(_masses(batch, spaces[step], rows))
+    values = [_planned(plan, spaces, rows, p.count) for plan in plans[: len(metrics)]]
     for (name, _), found in zip(metrics, values, strict=True):
         if name in ENTRIES:
             found[keep] = _picked(batches[ENTRIES[name]], found[keep], rows)
     if q is None:
         return sides, None, values
     if symmetric:
-        known[:] = np.nan
-        _steps([NORMALIZERS], p, q, rows, None, known, exactly=True)
+        known = np.full((p.count, 3), np.nan)
+        _steps([NORMALIZERS], p, q, rows, None, (NORMALIZERS, known), exactly=True)
     # The kernels' exponents are in base 2, with a rounded 1/T.
     with np.errstate(all="ignore"):  # NaN where they are not known
         a = float(np.float32(_LOG2_E / p.temperature))
         ratio = known[:, 2] - a * (sides[0][:, 0] - sides[1][:, 0])
         ratio *= _LN_2 * (_LOG2_E / p.temperature / a)
-        if not symmetric:
-            # Its error is that of E_p[exp(t) - 1], which far from 0 is more than that of two sums.
-            kl = _planned(plans[-1], spaces, rows, p.count)
-            ratio = np.where(kl < FAR, ratio, sides[0][:, 1] - sides[1][:, 1])
-    numbers = np.arange(p.count) if rows is None else rows
+        if knows is not None:
+            # Far apart, the difference of two sums is as good.
+            far = ~np.isfinite(ratio) & (spaces[knows].reshape(p.count, -1)[:, 0] >= FAR)
+            ratio = np.where(far, sides[0][:, 1] - sides[1][:, 1], ratio)
     # The largest log(p/q) is as exact as this is.
     exactly = powers or any(name in ENTRIES for name, _ in metrics)
     left = numbers if exactly else numbers[~np.isfinite(ratio[numbers])]
     if len(left):
         _step(LOG_RATIO, p, q, left, ratio, None)
     return sides, ratio, values
+
+
+def _knowing(plans: Sequence[Plan]) -> Step | None:
+    """The first step that leaves the constants of each row."""
+    steps = (step for plan in plans for step in plan.steps)
+    return next((step for step in steps if (step.module, step.rows) == ("one_pass", "pq")), None)
 
 
 def _in_float64(step: Step) -> Step:
@@ -631,6 +652,17 @@ def _picked(batch: Rows, indices: Values, rows: Numbers | None) -> Values:
     there = np.isfinite(indices)
     numbers = (np.arange(batch.count) if rows is None else rows)[there]
     found[there] = _entries(batch, numbers, indices[there].astype(np.int64))
+    return found
+
+
+def _statistics(batch: Rows, constants: Values, indices: Values, rows: Numbers | None) -> Values:
+    """What `_masses` takes, of the constants of log2 p = a x + constant and the largest entries."""
+    found = np.full((batch.count, STATISTICS), np.nan)
+    keep = slice(None) if rows is None else rows
+    largest = _picked(batch, indices[keep], rows)
+    a = float(np.float32(_LOG2_E / batch.temperature))
+    log_sum = np.maximum(-_LN_2 * (constants[keep] + a * largest), 0.0)
+    found[keep] = np.stack([largest, np.expm1(log_sum), largest, indices[keep], largest], axis=-1)
     return found
 
 

@@ -70,6 +70,7 @@ from .rowloop import (
     entry,
     f32,
     f64,
+    first_top,
     passes,
     row_address,
     task_row,
@@ -508,15 +509,20 @@ def reader(operation, dtype_p, dtype_q, exactly):
 
 
 def build(operation, dtype_p, dtype_q, exactly):
-    """``exactly`` carries along what the subtraction y - x rounds off."""
+    """``exactly`` carries along what the subtraction y - x rounds off.
+
+    Into ``known`` go the constants of a row, and where it has five columns the first index of the
+    largest entry of P and of Q.
+    """
     both = operation == "kl_both"
     _, _, merge, _, _, finish, constants = arithmetic(operation, exactly)
     part = reader(operation, dtype_p, dtype_q, exactly)
     differ = comparison(dtype_p, dtype_q)
+    first_top_p, first_top_q = first_top(dtype_p), first_top(dtype_q)
 
     def kernel(
         p, p_stride, p_offsets, q, q_stride, q_offsets, width, rows, n_rows,
-        counter, chunk, parts, part_width, states, done, redo, out, known,
+        counter, chunk, parts, part_width, states, done, redo, out, known, known_columns,
         inverse_temperature, beta, limit,
     ):  # fmt: skip
         a = f64(f32(inverse_temperature * LOG2_E))
@@ -549,8 +555,12 @@ def build(operation, dtype_p, dtype_q, exactly):
                     value = math.nan
                 if known != 0:
                     found = constants(state)
+                    at = known + 8 * known_columns * row
                     for i in range(3):
-                        poke_f64(known + 24 * row + 8 * i, found[i] if close else math.nan)
+                        poke_f64(at + 8 * i, found[i] if close else math.nan)
+                    if known_columns > 3:
+                        poke_f64(at + 24, first_top_p(x, width)[1])
+                        poke_f64(at + 32, first_top_q(y, width)[1])
                 if both:
                     poke_f64(out + 16 * row, value)
                     poke_f64(out + 16 * row + 8, other)

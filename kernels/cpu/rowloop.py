@@ -134,6 +134,25 @@ def passes(dtype):
     return tile_max, find
 
 
+@functools.cache
+def first_top(dtype):
+    """An inlined ``first_top(row, width)``: the largest entry of a row and its first index."""
+    tile_max, find = passes(dtype)
+
+    @inline
+    def largest(row, width):
+        top = -float("inf")
+        found = 0
+        for start in range(0, width, TILE):
+            m = f64(tile_max(row, start, min(start + TILE, width)))
+            if m > top:
+                top = m
+                found = start
+        return top, find(row, found, min(found + TILE, width), f32(top))
+
+    return largest
+
+
 _load = loader("float32", f32v)
 
 

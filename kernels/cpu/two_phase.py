@@ -52,7 +52,7 @@ from .rowloop import (
     comparison,
     f32,
     f64,
-    passes,
+    first_top,
     row_address,
     task_row,
 )
@@ -228,25 +228,6 @@ def added(sums, others, factor):
         sums[0] + factor * others[0], sums[1] + factor * others[1], sums[2] + factor * others[2],
         sums[3] + factor * others[3], sums[4] + factor * others[4],
     )  # fmt: skip
-
-
-@functools.cache
-def first_top(dtype):
-    """An inlined ``first_top(row, width)``: the largest entry of a row and its first index."""
-    tile_max, find = passes(dtype)
-
-    @inline
-    def largest(row, width):
-        top = -math.inf
-        found = 0
-        for start in range(0, width, TILE):
-            m = f64(tile_max(row, start, min(start + TILE, width)))
-            if m > top:
-                top = m
-                found = start
-        return top, find(row, found, min(found + TILE, width), f32(top))
-
-    return largest
 
 
 def build(operation, dtype_p, dtype_q, exactly):

@@ -1,9 +1,14 @@
 """An evaluation job on a Dask cluster: ranges of rows, read and measured wherever a worker is free.
 
-A task is a range of rows and depends on nothing but files, so that it may run twice: what a lost
-worker was at is done again by another one. The ranges are those of the job on one machine, and
+A task is some ranges of rows and depends on nothing but files, so that it may run twice: what a
+lost worker was at is done again by another one. The ranges are those of the job on one machine, and
 the columns that come back are joined in their order, so that the result is the same to the bit.
 Every worker needs the files under the same names.
+
+A task costs the scheduler, the client and the worker about ten milliseconds between them, and a
+range of rows may take less. So tasks are of many ranges as long as there is much to do, and of one
+in the end, when what counts is that all workers finish together (guided self-scheduling,
+Polychronopoulos and Kuck, 1987).
 """
 
 from __future__ import annotations
@@ -11,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pickle
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -30,10 +36,12 @@ __all__ = ["measured_on"]
 #: How long a scheduler has to answer, and how long one may be away that was there.
 CONNECT_SECONDS = 20
 AWAY_SECONDS = 300
+#: The most that is read for a task, in bytes: what is done again where a worker is lost.
+TASK_BYTES = 4 * 2**30
 
 
 def measured_on(address: str, job: Job, starts: Sequence[int]) -> Measured:
-    """The columns of these chunks, as they are done.
+    """The columns of these chunks, task by task as they are done.
 
     By the cluster whose scheduler has this address, or by a new "local" one. Where the connection
     to it is lost, what was not done is handed in again as soon as there is another.
@@ -43,38 +51,58 @@ def measured_on(address: str, job: Job, starts: Sequence[int]) -> Measured:
         left, patience = list(starts), float(CONNECT_SECONDS)
         while left:
             with _client(scheduler, address, patience) as client:
-                _say_where(client)
                 patience = float(AWAY_SECONDS)
-                futures = client.map(_measured, left, arguments=arguments, pure=False)
-                at = dict(zip(futures, left, strict=True))
+                most = max(1, TASK_BYTES // (job.chunk_rows * job.row_bytes))
+                tasks = _tasks(left, most, _threads(client))
+                futures = client.map(_measured, tasks, arguments=arguments, pure=False)
+                at = dict(zip(futures, tasks, strict=True))
                 left = []
-                for future in import_module("distributed").as_completed(futures):
-                    start = at.pop(future)
+                done = import_module("distributed").as_completed(futures)
+                for future in done:
+                    ranges = at.pop(future)
                     found = _outcome(future)
                     if found is None:
-                        left.append(start)
-                    else:
-                        yield start, found
+                        left += ranges
+                    elif not isinstance(found, SourceError):
+                        yield list(zip(ranges, found, strict=True))
+                    elif len(ranges) == 1:
+                        yield [(ranges[0], found)]
+                    else:  # one of them may be to blame
+                        single = [[each] for each in ranges]
+                        again = client.map(_measured, single, arguments=arguments, pure=False)
+                        at |= dict(zip(again, single, strict=True))
+                        done.update(again)
                     future.release()
+                left.sort()
 
 
-def _outcome(future: Any) -> Part | SourceError | None:
+def _tasks(ranges: Sequence[int], most: int, threads: int) -> list[Sequence[int]]:
+    """Ranges of rows shared out to tasks: half of what is left to each thread, or ``most``."""
+    tasks, first = [], 0
+    while first < len(ranges):
+        count = min(most, -(-(len(ranges) - first) // (2 * threads)))
+        tasks.append(ranges[first : first + count])
+        first += count
+    return tasks
+
+
+def _outcome(future: Any) -> list[Part | SourceError] | SourceError | None:
     """What came of a task, or why nothing did; None where the connection to it was lost."""
     try:
-        part: Part = future.result()
+        parts: list[Part | SourceError] = pickle.loads(future.result())
     except import_module("distributed").CancelledError:
         return None
-    except SourceError as error:
-        return error
     except Exception as error:  # whatever a worker met
-        return SourceError(_reason(error))
-    return part
+        return error if isinstance(error, SourceError) else SourceError(_reason(error))
+    return parts
 
 
-def _say_where(client: Any) -> None:
-    """Say where to look on, and that there is somebody to do the work."""
-    workers = len(client.scheduler_info(n_workers=-1)["workers"])
-    print(f"klfast: dashboard at {client.dashboard_link}, {workers} workers", file=sys.stderr)
+def _threads(client: Any) -> int:
+    """How many threads there are to do the work; says so, and where to look on."""
+    workers: dict[str, dict[str, int]] = client.scheduler_info(n_workers=-1)["workers"]
+    where = f"klfast: dashboard at {client.dashboard_link}, {len(workers)} workers"
+    print(where, file=sys.stderr)
+    return max(1, sum(each["nthreads"] for each in workers.values()))
 
 
 @contextlib.contextmanager
@@ -145,10 +173,13 @@ def _opened(arguments: str) -> Job:
     return Job(named["base"], tests, named["targets"], sequences=named["sequences"], **options)
 
 
-def _measured(start: int, arguments: str) -> Part:
-    """The columns of one range of rows."""
+def _measured(starts: Sequence[int], arguments: str) -> bytes:
+    """The columns of some ranges of rows, pickled.
+
+    Dask would send each array in frames of its own, which takes it 0.1 ms for every one.
+    """
     import klfast
 
     worker = import_module("distributed").get_worker()
     klfast.set_num_threads(worker.state.nthreads)
-    return _opened(arguments).measured(start)
+    return pickle.dumps(_opened(arguments).measured(starts), pickle.HIGHEST_PROTOCOL)

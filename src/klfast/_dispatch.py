@@ -98,6 +98,7 @@ class Backend(Protocol):
         rows: NDArray[np.int64] | None,
         tokens: NDArray[np.int64] | None,
         symmetric: bool = False,
+        alone: bool = True,
     ) -> tuple[list[NDArray[np.float64]], NDArray[np.float64] | None, list[NDArray[np.float64]]]:
         """Return what is known of rows that are parts of wider ones.
 
@@ -105,9 +106,10 @@ class Backend(Protocol):
         of m, as three columns: NaN where a row is no part of a distribution, -inf, 0 and -1 where
         all of it is -inf. Of two batches Lx - Ly, as exact as the rows are close, and where
         `symmetric` the same but for its sign when they change places, and good enough for results
-        that it enters as it is. Values of the metrics within the parts, of "log_power:A", the Rényi
-        divergence whose multiples have exact exponentials, and of "top_ratio_p" and "top_ratio_q",
-        the entries as they are given where log(p/q) is largest.
+        that it enters as it is. L is relatively exact if asked for `alone`, or by a metric, and
+        else as exact as a mass has to be. Values of the metrics within the parts, of "log_power:A",
+        the Rényi divergence whose multiples have exact exponentials, and of "top_ratio_p" and
+        "top_ratio_q", the entries as they are given where log(p/q) is largest.
         """
 
     def partial_sums(

@@ -40,8 +40,9 @@ Logits: TypeAlias = "str | os.PathLike[str] | LogitSource | Any"
 Progress: TypeAlias = Callable[[int, int], None]
 #: What was read of both sides of a pair.
 Read: TypeAlias = "tuple[Any, Any]"
-#: The columns of chunks as they are done, each with its first row, or why there are none.
-Measured: TypeAlias = Generator[tuple[int, Part | SourceError], None, None]
+#: The columns of chunks as they are done, each with its first row, or why there are none; in lists
+#: of those that were done together.
+Measured: TypeAlias = Generator[list[tuple[int, Part | SourceError]], None, None]
 
 # All inputs' bytes in one chunk: far above the cost of a call, far below a laptop's memory, and
 # often enough for a progress bar. The kernels cut fewer rows than these along the vocabulary, which
@@ -184,30 +185,31 @@ class Job:
         failed: dict[int, SourceError] = {}
         saved_at = time.perf_counter()
         try:
-            for start, found in running:
-                stop = min(start + self.chunk_rows, self.rows)
-                part = _doubt(start, stop, failed.values()) or found
-                if isinstance(part, SourceError):
-                    failed[start] = part
-                    if saved is not None and part.file is not None:
-                        saved.note_unreadable(part.file)
-                    unsaved, _ = _without(unsaved, part)
-                    parts, dropped = _without(parts, part)
-                    self.done -= sum(last - first for first, last, _ in dropped)
-                    failed |= {row: part for first, last, _ in dropped
-                               for row in range(first, last, self.chunk_rows)}  # fmt: skip
-                    if dropped and saved is not None:
-                        saved.drop(*part.doubtful, parts)
-                else:
-                    parts.append((start, stop, part))
-                    unsaved.append(parts[-1])
-                    self.done += stop - start
+            for together in running:
+                for start, found in together:
+                    stop = min(start + self.chunk_rows, self.rows)
+                    part = _doubt(start, stop, failed.values()) or found
+                    if isinstance(part, SourceError):
+                        failed[start] = part
+                        if saved is not None and part.file is not None:
+                            saved.note_unreadable(part.file)
+                        unsaved, _ = _without(unsaved, part)
+                        parts, dropped = _without(parts, part)
+                        self.done -= sum(last - first for first, last, _ in dropped)
+                        failed |= {row: part for first, last, _ in dropped
+                                   for row in range(first, last, self.chunk_rows)}  # fmt: skip
+                        if dropped and saved is not None:
+                            saved.drop(*part.doubtful, parts)
+                    else:
+                        parts.append((start, stop, part))
+                        unsaved.append(parts[-1])
+                        self.done += stop - start
+                    if progress is not None:
+                        progress(self.done, self.rows)
                 if saved is not None and time.perf_counter() - saved_at >= checkpoint_seconds:
                     saved.put(unsaved)
                     unsaved = []
                     saved_at = time.perf_counter()
-                if progress is not None:
-                    progress(self.done, self.rows)
         finally:
             running.close()
             if saved is not None:
@@ -253,7 +255,7 @@ class Job:
                     found = error
                 lap = time.perf_counter()
                 del reading, read  # before there are others
-                yield start, found
+                yield [(start, found)]
                 following = following or ahead()
 
     def _available(self, start: int) -> list[Read] | SourceError:
@@ -306,7 +308,16 @@ class Job:
         if self.multiplies:
             most = min(BLOCK_ROWS, BLOCK_BYTES // logits)
         unit: int = max(getattr(each, "unit_rows", 1) for each in sources)
-        return unit * max(1, most // unit)
+        rows = unit * max(1, most // unit)
+        lengths = {each.shard_rows for each in sources if isinstance(each, ShardedSource)} - {0}
+        if unit > 1 or self.multiplies or not lengths:
+            return rows
+        # Rows of two shards are copied to lie together: a few more, if that avoids it.
+        return next(
+            (more for more in range(rows, 2 * rows + 1)
+             if all(length % more == 0 or more % length == 0 for length in lengths)),
+            rows,
+        )  # fmt: skip
 
     def _started(self, number: int) -> Evaluation:
         evaluation = Evaluation(**self.settings)
@@ -316,21 +327,36 @@ class Job:
         evaluation.stored_noise = self.pairs[number].noise_floor
         return evaluation
 
-    def measured(self, start: int) -> Part:
-        """The columns of the chunk that begins with this row, as a checkpoint keeps them.
+    def measured(self, starts: Sequence[int]) -> list[Part | SourceError]:
+        """The columns of the chunks that begin with these rows, as a checkpoint keeps them.
 
         Any thread may ask; each waits for the others, for sources read into memory of their own.
-        Keeps nothing in memory: what is resident of mapped files would count as a worker's.
+        Keeps nothing in memory: what is resident of mapped files would count as a worker's. Starts
+        no thread: a worker is told how many it may have; of mapped files the system is asked to
+        read the next chunk meanwhile.
         """
+        parts: list[Part | SourceError] = []
         with self._one_at_a_time:
-            began = time.perf_counter()
-            part = self._columns(start, self._rows(start, self._read(start)), began)
-            done = time.perf_counter()
-            for source in self._mapped:
-                source.release()
-            last = f"{len(self.tests) - 1}/seconds"
-            part[last] = part[last] + (time.perf_counter() - done)
-        return part
+            for start, following in zip(starts, [*starts[1:], self.rows], strict=True):
+                began = time.perf_counter()
+                rows, ahead = (
+                    (first, min(first + self.chunk_rows, self.rows)) for first in (start, following)
+                )
+                try:
+                    read = self._read(start)
+                    for source in self._mapped:
+                        source.read_ahead(*ahead)
+                    part = self._columns(start, self._rows(start, read), began)
+                except SourceError as error:
+                    parts.append(error)
+                    continue
+                for source in self._mapped:
+                    source.release(*rows)
+                known = sum(part[f"{number}/seconds"] for number in range(len(self.tests)))
+                last = f"{len(self.tests) - 1}/seconds"
+                part[last] = part[last] + (time.perf_counter() - began - known)
+                parts.append(part)
+        return parts
 
     def _columns(self, start: int, blocks: Iterable[Rows], began: float) -> Part:
         part: Part = {}
@@ -491,6 +517,11 @@ def evaluate(
         If a file or array or checkpoint cannot be used, in one line that names it.
     ValueError
         If shapes differ, targets do not fit, or an argument is not acceptable.
+
+    Notes
+    -----
+    Do not make mapped files shorter meanwhile: see `klfast.open_logits`. `klfast compare`, which is
+    a process of its own, survives that, and so does a job on a cluster.
     """
     several = isinstance(test, (list, tuple))
     asked: dict[str, Any] = {**options}

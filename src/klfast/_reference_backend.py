@@ -123,6 +123,7 @@ def shard(
     rows: Numbers | None,
     tokens: Numbers | None,
     symmetric: bool = False,
+    alone: bool = True,
 ) -> tuple[list[NDArray[np.float64]], NDArray[np.float64] | None, list[NDArray[np.float64]]]:
     """Return largest entry, log-sum and index of each batch, their log-ratio, and values."""
     batches = [p] if q is None else [p, q]

@@ -18,6 +18,7 @@ import re
 import struct
 import weakref
 import zipfile
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -98,13 +99,25 @@ class ArraySource:
         )
         self._array = array if self._gather else array.reshape(-1, self.shape[-1])
 
-    def release(self) -> None:
-        """Give the pages of a mapped file back, which count as memory of this process."""
+    def read_ahead(self, start: int, stop: int) -> None:
+        """Have the system read these rows of a mapped file, and do not wait for it."""
+        self._advise("MADV_WILLNEED", start, stop)
+
+    def release(self, start: int, stop: int) -> None:
+        """Give the pages of these rows of a mapped file back, which count as this process's."""
+        self._advise("MADV_DONTNEED", start, stop)
+
+    def _advise(self, advice: str, start: int, stop: int) -> None:
         mapped: Any = self._array
         while mapped is not None and not isinstance(mapped, mmap.mmap):
             mapped = getattr(mapped, "base", None)
-        if mapped is not None and hasattr(mapped, "madvise"):  # not on Windows
-            mapped.madvise(mmap.MADV_DONTNEED)
+        if mapped is None or start == stop or not hasattr(mmap, advice):  # as on Windows
+            return
+        first, last = np.lib.array_utils.byte_bounds(self._array[start:stop])
+        begin = np.frombuffer(mapped, np.uint8).ctypes.data
+        # Rows beside these lose a page at either end, and have it mapped again.
+        page = (first - begin) // mmap.PAGESIZE * mmap.PAGESIZE
+        mapped.madvise(getattr(mmap, advice), page, last - begin - page)
 
     def check(self, start: int, stop: int) -> None:
         """Raise if the file is not what was mapped: rows read meanwhile may be anything."""
@@ -224,15 +237,21 @@ class ShardedSource:
         )
         self.mapped = all(isinstance(each, (ArraySource, MissingSource)) for each in shards)
         self.shards = tuple(shards)
+        #: The rows of every shard, of which the last may have fewer; 0 where they differ.
+        self.shard_rows = counts[0] if {*counts[:-1]} == {max(counts)} else 0
         self._starts = list(itertools.accumulate(counts, initial=0))
 
     def _parts(self, start: int, stop: int) -> Iterator[tuple[LogitSource, int, int, int]]:
         """The shards that hold these rows: where each begins, and its rows, first and last."""
-        ends = itertools.pairwise(self._starts)
-        for shard, (begin, end) in zip(self.shards, ends, strict=True):
+        # The last one of those that begin there: others have no rows.
+        holder = bisect_right(self._starts, start, hi=len(self.shards)) - 1
+        for number in range(holder, len(self.shards)):
+            begin, end = self._starts[number : number + 2]
+            if begin >= stop:
+                return
             first, last = max(start, begin), min(stop, end)
             if first < last:
-                yield shard, begin, first - begin, last - begin
+                yield self.shards[number], begin, first - begin, last - begin
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
         parts = []
@@ -248,11 +267,17 @@ class ShardedSource:
             return found
         return np.concatenate(parts) if parts else self.shards[0].read(0, 0)
 
-    def release(self) -> None:
-        """Give the pages of mapped files back, which count as memory of this process."""
-        for shard in self.shards:
+    def read_ahead(self, start: int, stop: int) -> None:
+        """Have the system read these rows of mapped files, and do not wait for it."""
+        for shard, _, *rows in self._parts(start, stop):
             if isinstance(shard, ArraySource):
-                shard.release()
+                shard.read_ahead(*rows)
+
+    def release(self, start: int, stop: int) -> None:
+        """Give the pages of these rows of mapped files back, which count as this process's."""
+        for shard, _, *rows in self._parts(start, stop):
+            if isinstance(shard, ArraySource):
+                shard.release(*rows)
 
     def check(self, start: int, stop: int) -> None:
         """Raise if a file with some of these rows is not what it was."""
@@ -291,8 +316,9 @@ class ZarrSource:
 def completed(sources: Sequence[LogitSource]) -> list[LogitSource]:
     """Sources of the same rows, in which shards that cannot be read have their place.
 
-    A shard that another source has under the same number, and this one has not, is missing. How
-    many rows one has that cannot be read is known from that of the same number, from what is
+    A shard that another source has under the same number, and this one has not, is missing; and
+    one whose number is left out, where another source has the rows that it would have. How many
+    rows one has that cannot be read is known from that of the same number, from what is
     missing to the rows of another source, or from the other shards, where those are all of one
     length. Where it is not, the reason why it cannot be read is raised.
     """
@@ -311,11 +337,19 @@ def _completed(source: LogitSource, others: Sequence[LogitSource]) -> LogitSourc
                     theirs[number] = name, _rows_of(each)
     total = max(map(_rows_of, others), default=0)
     if shards.keys() & theirs.keys() and _rows_of(source) != total:
-        for number in theirs.keys() - shards.keys():
-            missing = _renumbered(next(iter(source.entries)), columns, number)
-            error = SourceError(f"{missing}: is missing, and {theirs[number][0]} is there")
-            error.file = missing
-            shards[number] = missing, error
+        missing = {
+            number: f"{theirs[number][0]} is there" for number in theirs.keys() - shards.keys()
+        }
+    else:
+        longest = max(others, key=_rows_of, default=source).name
+        missing = dict.fromkeys(
+            _left_out(columns, shards, total), f"{longest} has {total} rows"
+        )  # fmt: skip
+    for number, reason in missing.items():
+        name = _renumbered(next(iter(source.entries)), columns, number)
+        error = SourceError(f"{name}: is missing, and {reason}")
+        error.file = name
+        shards[number] = name, error
     broken = [each for _, each in shards.values() if isinstance(each, SourceError)]
     if not broken:
         for each in source.entries.values():
@@ -341,6 +375,22 @@ def _completed(source: LogitSource, others: Sequence[LogitSource]) -> LogitSourc
     if total and sum(map(_rows_of, whole)) != total:
         raise broken[0]
     return ShardedSource(whole, source.name, list(map(Path, source.files)))
+
+
+def _left_out(
+    columns: Sequence[int], shards: Mapping[_Numbers, tuple[str, _Entry]], total: int
+) -> list[_Numbers]:
+    """Numbers between those of the shards, if the rows that are not in these fit there."""
+    known = [_rows_of(each) for _, each in shards.values() if not isinstance(each, SourceError)]
+    left = total - sum(known)
+    if len(columns) != 1 or len(known) < len(shards) or left <= 0:
+        return []
+    numbers = [number for (number,) in shards]
+    first, last = min(numbers), max(numbers)
+    count = last - first + 1 - len(numbers)
+    if not 0 < count <= len(numbers) or (count > 1 and {*known} != {left / count}):
+        return []
+    return [(number,) for number in range(first, last) if (number,) not in shards]
 
 
 def _rows_of(source: LogitSource) -> int:
@@ -400,6 +450,13 @@ def open_logits(path: str | os.PathLike[str], key: str | None = None) -> LogitSo
     SourceError
         If a file is missing, unreadable, empty, truncated, pickled, or holds something else.
         The message is one line that begins with the file's name.
+
+    Notes
+    -----
+    Files that are not compressed are memory-mapped. One that another program makes shorter, before
+    rows that are gone are read, is a SourceError; in the very moment in which they are read it ends
+    the process by SIGBUS, as with every memory map: only a signal handler, which is the process's
+    own, could prevent that.
     """
     source = open_available(path, key)
     if isinstance(source, ShardedSource):

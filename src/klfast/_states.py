@@ -22,6 +22,8 @@ Array = NDArray[np.float64]
 #: Measures that are the index of the largest entry.
 _INDICES = {"top_index_p": 0, "top_index_q": 1}
 _TOKENS = ("nll_p", "nll_q")
+#: Rows of states that are merged at a time: temporaries stay in cache.
+_MERGED_ROWS = 4096
 
 
 class StateOptions(TypedDict, total=False):
@@ -153,11 +155,12 @@ class RowState:
             raise TypeError(f"vocab_offset is {vocab_offset!r}; accepted: a whole number from 0")
         measures = _measures(operations)
         # Jeffreys is the sum of two divergences here, each of its own.
-        symmetric = any(each.symmetric and each.name != "jeffreys" for each, _ in operations)
+        symmetric = any(each.name in (*SECOND_PHASE, "hellinger2") for each, _ in operations)
+        # What follows from the masses of a batch alone.
+        alone = any(not needed(each.name, parameters) for each, parameters in operations)
         shape, array, temperatures = _read(
-            arrays, measures, settings, int(vocab_offset), targets,
-            symmetric,
-        )  # fmt: skip
+            arrays, measures, settings, int(vocab_offset), targets, symmetric, alone
+        )
         return cls(array, names, shape, temperatures, settings.input == "probs")
 
     def with_array(self, array: ArrayLike) -> RowState:
@@ -181,11 +184,19 @@ class RowState:
                 if here != there:
                     raise ValueError(f"the states have {what} {here} and {there}; accepted: equal")
             arrays.append(other.array)
-        # Neighbours first, then pairs of them: fewer roundings than one after the other.
+        # Neighbours first, then pairs of them: fewer roundings than one after the other, and all
+        # pairs at once. Rows are independent, so that they may be merged in blocks.
         while len(arrays) > 1:
-            pairs = zip(arrays[::2], arrays[1::2], strict=False)
-            merged = [merge(*pair, sides, measures, temperatures, self.weights) for pair in pairs]
-            arrays = merged + arrays[len(arrays) // 2 * 2 :]
+            pairs = len(arrays) // 2
+            first, second = (np.concatenate(arrays[side : 2 * pairs : 2]) for side in (0, 1))
+            merged = np.concatenate([
+                merge(
+                    first[start : start + _MERGED_ROWS], second[start : start + _MERGED_ROWS],
+                    sides, measures, temperatures, self.weights,
+                )
+                for start in range(0, max(1, len(first)), _MERGED_ROWS)
+            ])  # fmt: skip
+            arrays = [*np.split(merged, pairs), *arrays[2 * pairs :]]
         return self.with_array(arrays[0])
 
     @property
@@ -355,6 +366,7 @@ def _read(
     offset: int,
     targets: Any,
     symmetric: bool,
+    alone: bool,
 ) -> tuple[tuple[int, ...], Array, tuple[float, ...]]:
     """Shape of the batch, numbers of the state, and temperatures."""
     sides = len(arrays)
@@ -374,7 +386,7 @@ def _read(
     metrics = [(each.name, each.parameters) for each in asked]
     if batch.place.device == "cpu":
         found, ratio, values = batch.backend.shard(
-            metrics, batch.p, batch.q, batch.rows, local, symmetric
+            metrics, batch.p, batch.q, batch.rows, local, symmetric, alone
         )
     else:
         found, ratio, values = _device.shard(batch, metrics, local)
