@@ -29,12 +29,11 @@ from ._arrays import (
     encode,
     memory,
     overlap,
-    plain_rows,
     rows_of,
     view_of,
     wrap,
 )
-from ._dispatch import MODULES, select
+from ._dispatch import MODULES
 from ._operations import OPERATIONS, parse_metric
 
 __all__ = [
@@ -175,10 +174,6 @@ def _evaluate(
     parameters: tuple[float, ...] = ()
     for parameter, value in zip(operation.parameters, values_of_parameters, strict=True):
         parameters += (parameter.check(value),)
-    if not options and tokens is None:
-        result = _evaluate_plain(name, parameters, *arrays.values())
-        if result is not None:
-            return result
     settings = check_options(operation.function, options, Options)
     batch = prepare(arrays, settings, tokens)
     dtype, target = target_of(batch, result_shape(batch))
@@ -189,30 +184,6 @@ def _evaluate(
     if not batch.idle:
         batch.backend.run(name, batch.p, batch.q, parameters, batch.rows, values, batch.tokens)
     return finish(batch, values, operation.logarithmic, dtype, target)
-
-
-def _evaluate_plain(name: str, parameters: tuple[float, ...], p: Any, q: Any = None) -> Any | None:
-    """The short way of a call with no keywords on contiguous NumPy arrays of one shape.
-
-    None where it does not lead, and all checks have to be made.
-    """
-    if type(p) is not np.ndarray:
-        return None
-    first, second = plain_rows(p), None
-    if first is None:
-        return None
-    dtype = "float64" if first.dtype == "float64" else "float32"
-    if q is not None:
-        if type(q) is not np.ndarray or p.shape != q.shape:
-            return None
-        second = plain_rows(q)
-        if second is None:
-            return None
-        if second.dtype == "float64":
-            dtype = "float64"
-    values = np.empty(p.shape[:-1])
-    select("auto", "cpu").run(name, first, second, parameters, None, values.reshape(-1))
-    return encode(values, dtype)[()]
 
 
 @documented(Options, operation="kl")
