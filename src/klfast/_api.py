@@ -29,11 +29,13 @@ from ._arrays import (
     encode,
     memory,
     overlap,
+    place_of,
+    plain_rows,
     rows_of,
     view_of,
     wrap,
 )
-from ._dispatch import MODULES
+from ._dispatch import MODULES, select
 from ._operations import OPERATIONS, parse_metric
 
 __all__ = [
@@ -174,6 +176,10 @@ def _evaluate(
     parameters: tuple[float, ...] = ()
     for parameter, value in zip(operation.parameters, values_of_parameters, strict=True):
         parameters += (parameter.check(value),)
+    if not options and tokens is None:
+        result = _evaluate_plain(name, parameters, *arrays.values())
+        if result is not None:
+            return result
     settings = check_options(operation.function, options, Options)
     batch = prepare(arrays, settings, tokens)
     dtype, target = target_of(batch, result_shape(batch))
@@ -184,6 +190,29 @@ def _evaluate(
     if not batch.idle:
         batch.backend.run(name, batch.p, batch.q, parameters, batch.rows, values, batch.tokens)
     return finish(batch, values, operation.logarithmic, dtype, target)
+
+
+def _evaluate_plain(name: str, parameters: tuple[float, ...], p: Any, q: Any = None) -> Any | None:
+    """The short way of a call with no keywords, of contiguous arrays or tensors of one shape.
+
+    None where it does not lead, and all checks have to be made.
+    """
+    place, other = place_of(p, "p"), None
+    first = plain_rows(p, place)
+    if first is None:
+        return None
+    dtypes = [first.dtype]
+    if q is not None:
+        if place_of(q, "q") != place or p.shape != q.shape:
+            return None
+        other = plain_rows(q, place)
+        if other is None:
+            return None
+        dtypes.append(other.dtype)
+    dtype = "float64" if "float64" in dtypes else "float32"
+    values = np.empty(first.count)
+    select("auto", "cpu").run(name, first, other, parameters, None, values)
+    return wrap(encode(values.reshape(p.shape[:-1]), dtype), dtype, place, p)
 
 
 @documented(Options, operation="kl")

@@ -27,6 +27,7 @@ __all__ = [
     "memory",
     "overlap",
     "place_of",
+    "plain_rows",
     "rows_of",
     "view_of",
     "wrap",
@@ -144,6 +145,30 @@ def address_of(array: NDArray[Any]) -> int:
     except (TypeError, ValueError):  # read-only, with gaps, empty, or of a dtype of its own
         address: int = array.__array_interface__["data"][0]  # takes four times as long
         return address
+
+
+def plain_rows(x: Any, place: Place) -> Rows | None:
+    """Rows of logits of a C-contiguous array or tensor on the host; None where it is not that.
+
+    This is the way of small calls, where the checks of `view_of` would cost more than the kernel.
+    """
+    if place == NUMPY:
+        dtype = NATIVE.get(x.dtype, "")
+        plain = x.flags.c_contiguous
+    elif place == ("PyTorch", "cpu"):
+        dtype = _torch_name(x.dtype)
+        plain = _torch_name(x.layout) == "strided" and x.is_contiguous() and not x.is_neg()
+    else:
+        return None
+    *batch, width = x.shape or (0,)
+    count = math.prod(batch)
+    if not plain or dtype not in FLOATS or not count * width:
+        return None
+    size = FLOATS[dtype]
+    address = address_of(x) if place == NUMPY else x.data_ptr()
+    if address % size:
+        return None
+    return Rows(x, address, dtype, count, width, size, width * size, None, "logits", 1.0)
 
 
 def place_of(x: Any, argument: str) -> Place:
