@@ -116,6 +116,21 @@ def test_one_of_many_threads_compiles(folder: Path, compilations: Compilations) 
     assert compilations.number == 1
 
 
+def test_functions_of_the_user_are_compiled_as_ever(folder: Path) -> None:
+    """Kernels have a target of their own, with other rules for ``min`` and ``int``."""
+    import numba
+
+    _load()
+
+    @numba.njit  # type: ignore[untyped-decorator]
+    def clipped(x: Any) -> Any:
+        return min(x.sum(), int(x[0]) + 0.5), np.add(x, x)
+
+    total, doubled = clipped(np.array([2.75, 1.0]))
+    assert total == 2.5
+    assert doubled.tolist() == [5.5, 2.0]
+
+
 # --- names of files ----------------------------------------------------------------------
 
 

@@ -20,17 +20,18 @@ number of threads.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from klfast._arrays import FLOATS, Rows, address_of
 
 from ..plans import (
     COLUMNS,
@@ -88,7 +89,6 @@ _LN_2 = math.log(2.0)
 _FARTHEST = 8192.0
 #: Nats, times an order above 1, from which on gradients are left to the reference.
 _DISTANT = 400.0
-_ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 _DTYPE_CODE = {"float16": 0, "bfloat16": 1, "float32": 2, "float64": 3}
 #: The parameters of each kernel, as native.kernel wants them.
 _SIGNATURE = {
@@ -103,21 +103,6 @@ _SIGNATURE = {
     "widen": "q" * 8,
     "read": "q" * 5,
 }
-
-
-class Rows(Protocol):
-    """A batch of rows in memory."""
-
-    owner: object  # keeps the memory alive
-    address: int  # of the first entry of row 0
-    dtype: str  # "float16", "bfloat16", "float32" or "float64"
-    count: int
-    width: int
-    stride: int  # bytes between entries
-    row_stride: int  # bytes between rows, where offsets is None
-    offsets: Numbers | None  # bytes from row 0
-    input: str  # "logits", "log_probs" or "probs"
-    temperature: float
 
 
 # --- formulas ----------------------------------------------------------------------------
@@ -173,11 +158,7 @@ def _finish(plan: Plan, values: Sequence[Values]) -> Values:
 
 
 def _address(array: NDArray[Any] | None) -> int:
-    if array is None:
-        return 0
-    if array.size and array.flags.writeable:  # five times as fast as array.ctypes.data
-        return ctypes.addressof(ctypes.c_char.from_buffer(array.data))
-    return array.ctypes.data
+    return 0 if array is None else address_of(array)
 
 
 def _place(rows: Rows) -> tuple[int, int, int]:
@@ -198,7 +179,7 @@ def _entries(batch: Rows, rows: Numbers, indices: Numbers) -> Values:
     """One entry of each of the rows, as it is given."""
     if not len(rows):
         return np.empty(0)
-    size = _ITEMSIZE[batch.dtype]
+    size = FLOATS[batch.dtype]
     starts = rows * batch.row_stride if batch.offsets is None else batch.offsets[rows]
     at = starts + indices * batch.stride
     first = int(at.min())
@@ -212,7 +193,7 @@ def _entries(batch: Rows, rows: Numbers, indices: Numbers) -> Values:
 
 def _is_fast(p: Rows, q: Rows | None = None) -> bool:
     """Whether the float32 kernels can read these rows."""
-    size = _ITEMSIZE[p.dtype]
+    size = FLOATS[p.dtype]
     if size == 8 or p.stride != size or p.input == "probs" or p.temperature < 1e-30:
         return False
     return q is None or (_is_fast(q) and q.temperature == p.temperature)
@@ -336,8 +317,12 @@ def _unfinished(
     for arguments in runs:
         space[0] = 0
         _launch(function, arguments, n * p.width * len(step.rows), alone)
-    return np.sort(space[2 : 2 + int(space[1])])
+    left = int(space[1])
+    return np.sort(space[2 : 2 + left]) if left else _NONE
 
+
+#: No row numbers.
+_NONE = np.empty(0, np.int64)
 
 #: Log-ratios up to which one_pass gives a result, and where it takes along what exponents
 #: t log2(e) are rounded by.  That is half a unit in their last place: up to 11 an error of 3.3e-7
@@ -474,7 +459,7 @@ def _steps(
     spaces = {step: _empty(step, p.count) for step in steps}
     into = dict.fromkeys(spaces) if known is None else dict.fromkeys(spaces) | dict([known])
     numbers = np.arange(p.count) if rows is None else rows
-    row_bytes = p.width * (_ITEMSIZE[p.dtype] + (0 if q is None else _ITEMSIZE[q.dtype]))
+    row_bytes = p.width * (FLOATS[p.dtype] + (0 if q is None else FLOATS[q.dtype]))
     at_a_time = max(1, CACHE_BLOCK // row_bytes)
 
     def each(steps: Iterable[Step], block: Numbers, alone: bool) -> None:
@@ -783,9 +768,7 @@ def gradient(
     if (
         tilt is not None
         and _is_fast(p, other)
-        and all(
-            into.stride == _ITEMSIZE[into.dtype] and into.dtype != "float64" for into in targets
-        )
+        and all(into.stride == FLOATS[into.dtype] and into.dtype != "float64" for into in targets)
     ):
         fused = None if q is None else _fused_plan(name, plan)
         if fused is not None:
@@ -793,7 +776,7 @@ def gradient(
         if len(numbers):
             run = _fast_gradient(tilt, plan, p, other, out, scale, into_p, into_q)
 
-    row_bytes = p.width * (_ITEMSIZE[p.dtype] + _ITEMSIZE[other.dtype])
+    row_bytes = p.width * (FLOATS[p.dtype] + FLOATS[other.dtype])
     at_a_time = max(1, CACHE_BLOCK // row_bytes)
     blocks = iter([numbers[i : i + at_a_time] for i in range(0, len(numbers), at_a_time)])
     left: list[Numbers] = []

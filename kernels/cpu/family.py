@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import Rows, Values, _address, _cut, _launch
+from klfast._arrays import Rows
+
+from . import Values, _address, _cut, _launch
 from .native import kernel
 
 __all__ = ["add_pairs", "count_sums", "fill_tables", "gaussian_kl", "moments"]

@@ -8,7 +8,7 @@ content depends on (the source of every kernel module, the compilers' versions, 
 processor), so that a file once written is right forever and is never written twice; it
 appears under its name only when complete; its content is checked by a digest of its own.
 Files that no process has used for two months are removed.  LLVM links an object file into
-the process, and ctypes calls it with the GIL released.
+the process, and ctypes calls it with the GIL released and all its arguments in one piece.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import importlib
 import logging  # noqa: F401 (its lock, which compilations take, must be held after ours at a fork)
 import os
 import stat
+import struct
 import sys
 import tempfile
 import threading
@@ -28,10 +29,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-_CTYPES: dict[str, type[ctypes.c_int64 | ctypes.c_double]] = {
-    "q": ctypes.c_int64,
-    "d": ctypes.c_double,
-}
 _SUFFIX = ".klfast"
 _DAY = 86400.0
 _lock = threading.RLock()
@@ -180,7 +177,7 @@ def _compile(module: str, arguments: tuple[str | bool, ...], signature: str) -> 
 
     build = importlib.import_module(f".{module}", __package__).build
     kinds = {"q": types.int64, "d": types.float64}
-    return compile_kernel(build(*arguments), types.void(*(kinds[kind] for kind in signature)))
+    return compile_kernel(build(*arguments), tuple(kinds[kind] for kind in signature))
 
 
 def _link(symbol: str, code: bytes, signature: str) -> Callable[..., None]:
@@ -195,12 +192,15 @@ def _link(symbol: str, code: bytes, signature: str) -> Callable[..., None]:
     engine.add_object_file(binding.ObjectFileRef.from_data(code))
     engine.finalize_object()
     # Numba's calling convention puts two pointers first (return value, exception).
-    prototype = ctypes.CFUNCTYPE(
-        ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, *(_CTYPES[kind] for kind in signature)
-    )
+    prototype = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p)
     function = prototype(engine.get_function_address(symbol))
     unused = (ctypes.c_int64 * 4)()
-    call = functools.partial(function, ctypes.addressof(unused), ctypes.addressof(unused))
+    pointer = ctypes.addressof(unused)
+    pack = struct.Struct(signature).pack
+
+    def call(*numbers: float) -> None:
+        function(pointer, pointer, pack(*numbers))
+
     call.keep = (engine, unused)  # type: ignore[attr-defined]
     return call
 

@@ -30,6 +30,7 @@ from ._arrays import (
     encode,
     memory,
     overlap,
+    place_of,
     plain_rows,
     rows_of,
     view_of,
@@ -210,28 +211,27 @@ def _refuse_gradients(batch: Batch, arrays: Mapping[str, Any]) -> None:
             )
 
 
-def _evaluate_plain(name: str, parameters: tuple[float, ...], p: Any, *others: Any) -> Any | None:
-    """The short way of a call with no keywords on contiguous NumPy arrays of one shape.
+def _evaluate_plain(name: str, parameters: tuple[float, ...], p: Any, q: Any = None) -> Any | None:
+    """The short way of a call with no keywords, of contiguous arrays or tensors of one shape.
 
     None where it does not lead, and all checks have to be made.
     """
-    if type(p) is not np.ndarray:
-        return None
-    first, second = plain_rows(p), None
+    place, other = place_of(p, "p"), None
+    first = plain_rows(p, place)
     if first is None:
         return None
-    dtype = "float64" if first.dtype == "float64" else "float32"
-    for q in others:
-        if type(q) is not np.ndarray or p.shape != q.shape:
+    dtypes = [first.dtype]
+    if q is not None:
+        if place_of(q, "q") != place or p.shape != q.shape:
             return None
-        second = plain_rows(q)
-        if second is None:
+        other = plain_rows(q, place)
+        if other is None:
             return None
-        if second.dtype == "float64":
-            dtype = "float64"
-    values = np.empty(p.shape[:-1])
-    select("auto", "cpu").run(name, first, second, parameters, None, values.reshape(-1))
-    return encode(values, dtype)[()]
+        dtypes.append(other.dtype)
+    dtype = "float64" if "float64" in dtypes else "float32"
+    values = np.empty(first.count)
+    select("auto", "cpu").run(name, first, other, parameters, None, values)
+    return wrap(encode(values.reshape(p.shape[:-1]), dtype), dtype, place, p)
 
 
 @documented(Options, operation="kl")

@@ -5,6 +5,7 @@ and what is accepted.
 """
 
 import difflib
+import functools
 import math
 import operator
 from collections.abc import Mapping
@@ -103,11 +104,19 @@ class Settings:
 
 
 DEFAULTS = {field.name: field.default for field in fields(Settings)}
+_DEFAULT = Settings()
+
+
+@functools.cache
+def _accepted(options: type) -> tuple[str, ...]:
+    return tuple(name for name in DEFAULTS if name in options.__annotations__)
 
 
 def check_options(function: str, options: Mapping[str, Any], accepted: type) -> Settings:
     """The settings of a call of `function`, which takes the keywords of `accepted`."""
-    names = [name for name in DEFAULTS if name in accepted.__annotations__]
+    if not options:
+        return _DEFAULT
+    names = _accepted(accepted)
     for name in options:
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)
@@ -161,34 +170,25 @@ def prepare(
     arrays: Mapping[str, Any], settings: Settings, tokens: tuple[str, Any] | None = None
 ) -> Batch:
     """Check the arrays of a call, one or two by name, and the keywords that concern them."""
-    names = " and ".join(arrays)
-    places = {name: place_of(x, name) for name, x in arrays.items()}
-    place = next(iter(places.values()))
-    if any(each != place for each in places.values()):
-        given = ", ".join(f"{name} is {each}" for name, each in places.items())
+    places = [place_of(x, name) for name, x in arrays.items()]
+    place = places[0]
+    if places.count(place) < len(places):
+        given = ", ".join(f"{name} is {each}" for name, each in zip(arrays, places, strict=True))
         raise TypeError(f"{given}; accepted: arrays of one library on one device")
-    if place.device != "cpu":
-        select(settings.backend, place.device)  # raises before memory is asked for
-    views = {name: view_of(x, place, name) for name, x in arrays.items()}
-
-    axis = _axis(settings.axis, views)
-    widths = {name: view.shape[axis] for name, view in views.items()}
-    width = _width(widths, settings.vocab_size)
-    shapes = [_without(view.shape, axis) for view in views.values()]
-    try:
-        shape = shapes[0] if shapes[0] == shapes[-1] else np.broadcast_shapes(*shapes)
-    except ValueError:
-        given = " and ".join(str(view.shape) for view in views.values())
-        raise ValueError(
-            f"{names} have shapes {given}; accepted: batch axes (all but axis {settings.axis}) "
-            f"that broadcast, and these are {' and '.join(map(str, shapes))}"
-        ) from None
-
     on_host = place.device == "cpu"
+    if not on_host:
+        select(settings.backend, place.device)  # raises before memory is asked for
+    views = [view_of(x, place, name) for name, x in arrays.items()]
+    shapes = tuple([view.shape for view in views])
+    axis = _index("axis", settings.axis, "a whole number")
+    vocab_size = settings.vocab_size
+    if vocab_size is not None:
+        vocab_size = _index("vocab_size", vocab_size, "None, or a whole number from 1")
+    axis, width, shape = _layout(tuple(arrays), shapes, axis, vocab_size)
     divisors = temperatures(settings.temperature, len(views))
     rows = [
         rows_of(view, axis, shape, width, settings.input, temperature, on_host)
-        for view, temperature in zip(views.values(), divisors, strict=True)
+        for view, temperature in zip(views, divisors, strict=True)
     ]
     keep = None
     if settings.where is not None:
@@ -213,7 +213,7 @@ def prepare(
         backend=select(settings.backend, place.device),
         shape=shape,
         axis=axis,
-        widest="float64" if any(view.dtype == "float64" for view in views.values()) else "float32",
+        widest="float64" if "float64" in [each.dtype for each in rows] else "float32",
         p=rows[0],
         q=rows[1] if len(rows) > 1 else None,
         keep=keep,
@@ -271,18 +271,16 @@ def finish(
 ) -> Any:
     """One value a row, in nats, as the result that the settings ask for."""
     settings = batch.settings
-    with np.errstate(all="ignore"):  # infinities and NaN are results like others
-        if logarithmic and settings.base is not None:
-            values = values / settings.unit
-        if settings.reduction == "none":
-            values = values.reshape(batch.shape)
-        else:
-            kept = values if batch.rows is None else values[batch.rows]
-            total = float(np.add.reduce(kept))
-            if settings.reduction == "mean":
-                total = total / len(kept) if len(kept) else math.nan
-            values = np.array(total)
-    stored = encode(values, dtype)
+    if settings.base is not None or settings.reduction != "none":
+        with np.errstate(all="ignore"):  # infinities and NaN are results like others
+            if logarithmic:
+                values = values / settings.unit
+            if settings.reduction != "none":
+                kept = values if batch.rows is None else values[batch.rows]
+                values = np.add.reduce(kept)
+                if settings.reduction == "mean":
+                    values = values / len(kept)
+    stored = encode(np.asarray(values).reshape(result_shape(batch)), dtype)
     if target is None:
         return wrap(stored, dtype, batch.place, batch.like)
     memory(target, writable=True)[...] = stored
@@ -317,53 +315,67 @@ def _index(argument: str, value: Any, accepted: str) -> int:
     return operator.index(value)
 
 
-def _axis(axis: Any, views: Mapping[str, View]) -> int:
+@functools.lru_cache(1024)
+def _layout(
+    names: tuple[str, ...], shapes: tuple[tuple[int, ...], ...], axis: int, vocab_size: int | None
+) -> tuple[int, int, tuple[int, ...]]:
+    """The vocabulary axis, the entries of a row that are read, and the shape of the batch."""
+    counted = _axis(names, shapes, axis)
+    width = _width(names, [shape[counted] for shape in shapes], vocab_size)
+    batches = [_without(shape, counted) for shape in shapes]
+    try:
+        return counted, width, np.broadcast_shapes(*batches)
+    except ValueError:
+        raise ValueError(
+            f"{' and '.join(names)} have shapes {' and '.join(map(str, shapes))}; accepted: batch "
+            f"axes (all but axis {axis}) that broadcast, and these are "
+            f"{' and '.join(map(str, batches))}"
+        ) from None
+
+
+def _axis(names: tuple[str, ...], shapes: tuple[tuple[int, ...], ...], axis: int) -> int:
     """The vocabulary axis, counted from the end, which arrays of different ranks have in common."""
-    for name, view in views.items():
-        if not view.shape:
+    for name, shape in zip(names, shapes, strict=True):
+        if not shape:
             raise ValueError(f"{name} is a single number, of shape (); accepted: shape (..., V)")
-    most = max(len(view.shape) for view in views.values())
-    given = _index("axis", axis, "a whole number")
-    counted = given - most if given >= 0 else given
-    for name, view in views.items():
-        if not -len(view.shape) <= counted < 0:
+    most = max(map(len, shapes))
+    counted = axis - most if axis >= 0 else axis
+    for name, shape in zip(names, shapes, strict=True):
+        if not -len(shape) <= counted < 0:
             raise ValueError(
-                f"axis is {given}, and {name} has shape {view.shape}; accepted: -{len(view.shape)} "
+                f"axis is {axis}, and {name} has shape {shape}; accepted: -{len(shape)} "
                 f"to {most - 1}, where 0 and above count in the result of broadcasting"
             )
     return counted
 
 
-def _width(widths: Mapping[str, int], vocab_size: Any) -> int:
-    names, given = " and ".join(widths), " and ".join(map(str, widths.values()))
-    smallest = min(widths.values())
+def _width(arrays: tuple[str, ...], widths: list[int], vocab_size: int | None) -> int:
+    names, given = " and ".join(arrays), " and ".join(map(str, widths))
+    smallest = min(widths)
     if smallest == 0:
         raise ValueError(f"{names}: vocabulary of {given} entries; accepted: at least 1")
     if vocab_size is None:
-        if len(set(widths.values())) > 1:
+        if len(set(widths)) > 1:
             raise ValueError(
                 f"{names} have vocabularies of {given} entries; accepted: the same number, or "
                 f"vocab_size={smallest} to read only the first {smallest} of each"
             )
         return smallest
-    accepted = f"None, or a whole number from 1 to {smallest}"
-    size = _index("vocab_size", vocab_size, accepted)
-    if not 1 <= size <= smallest:
+    if not 1 <= vocab_size <= smallest:
         raise ValueError(
-            f"vocab_size is {size}, and {names} hold {given} entries; accepted: {accepted}"
+            f"vocab_size is {vocab_size}, and {names} hold {given} entries; accepted: None, or a "
+            f"whole number from 1 to {smallest}"
         )
-    return size
+    return vocab_size
 
 
 def temperatures(temperature: Any, count: int) -> tuple[float, ...]:
     """One of each of `count` batches, of a number or a pair."""
-    pair = isinstance(temperature, tuple | list)
+    pair = isinstance(temperature, (tuple, list))
     given = tuple(temperature) if pair else (temperature,) * count
-    accepted = "a number above 0" + ", or a pair of them" * (count == 2)
-    if len(given) != count or (pair and count == 1):
-        raise ValueError(f"temperature is {temperature!r}; accepted: {accepted}")
-    values = tuple(number("temperature", each) for each in given)
-    if not all(0 < value < math.inf for value in values):
+    values = tuple([number("temperature", each) for each in given])
+    if len(given) != count or (pair and count == 1) or not all(0 < v < math.inf for v in values):
+        accepted = "a number above 0" + ", or a pair of them" * (count == 2)
         raise ValueError(f"temperature is {temperature!r}; accepted: {accepted}")
     return values
 

@@ -4,6 +4,7 @@ A library is looked at only if the user has imported it: nothing here imports on
 """
 
 import ctypes
+import functools
 import math
 import sys
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ __all__ = [
     "Place",
     "Rows",
     "View",
+    "address_of",
     "decode",
     "dtype_name",
     "empty",
@@ -84,6 +86,19 @@ class Place(NamedTuple):
         return f"a {self.kind} array on {self.device}"
 
 
+NUMPY = Place("NumPy", "cpu")
+
+
+@functools.cache
+def _torch_name(constant: Any) -> str:
+    return str(constant).removeprefix("torch.")
+
+
+@functools.cache
+def _torch_place(device: Any) -> Place:
+    return Place("PyTorch", str(device))
+
+
 class Memory:
     """Lends the memory of a view to NumPy, writable or not, with strides of any sign."""
 
@@ -123,34 +138,54 @@ _capsule_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c
 )
 
 
-def plain_rows(x: NDArray[Any]) -> Rows | None:
-    """Rows of logits of a non-empty C-contiguous NumPy array; None for any other NumPy array.
+def address_of(array: NDArray[Any]) -> int:
+    """Where the first entry of a NumPy array lies."""
+    try:
+        return ctypes.addressof(ctypes.c_char.from_buffer(array.data))
+    except (TypeError, ValueError):  # read-only, with gaps, empty, or of a dtype of its own
+        address: int = array.__array_interface__["data"][0]  # takes four times as long
+        return address
+
+
+def plain_rows(x: Any, place: Place) -> Rows | None:
+    """Rows of logits of a C-contiguous array or tensor on the host; None where it is not that.
 
     This is the way of small calls, where the checks of `view_of` would cost more than the kernel.
     """
-    dtype = NATIVE.get(x.dtype)
-    flags = x.flags
-    if dtype is None or not flags.c_contiguous or not flags.aligned or not x.size or not x.ndim:
+    if place == NUMPY:
+        dtype = NATIVE.get(x.dtype, "")
+        plain = x.flags.c_contiguous
+    elif place == ("PyTorch", "cpu"):
+        dtype = _torch_name(x.dtype)
+        plain = _torch_name(x.layout) == "strided" and x.is_contiguous() and not x.is_neg()
+        plain = plain and not x.requires_grad
+    else:
         return None
-    width = x.shape[-1]
+    *batch, width = x.shape or (0,)
+    count = math.prod(batch)
+    if not plain or dtype not in FLOATS or not count * width:
+        return None
     size = FLOATS[dtype]
-    address: int = x.__array_interface__["data"][0]
-    row_stride = width * size
-    return Rows(x, address, dtype, x.size // width, width, size, row_stride, None, "logits", 1.0)
+    address = address_of(x) if place == NUMPY else x.data_ptr()
+    if address % size:
+        return None
+    return Rows(x, address, dtype, count, width, size, width * size, None, "logits", 1.0)
 
 
 def place_of(x: Any, argument: str) -> Place:
     """Whose array `x` is and where it lives; TypeError where it is none that can be read."""
+    if type(x) is np.ndarray:
+        return NUMPY
     if isinstance(x, np.ndarray):
         if isinstance(x, np.ma.MaskedArray):
             raise TypeError(
                 f"{argument} is a NumPy masked array, whose mask would be lost; accepted: "
                 f"{ACCEPTED} (pass {argument}.data, and the rows to keep as where=)"
             )
-        return Place("NumPy", "cpu")
+        return NUMPY
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(x, torch.Tensor):
-        return Place("PyTorch", str(x.device))
+        return _torch_place(x.device)
     jax = sys.modules.get("jax")
     if jax is not None and isinstance(x, jax.Array):
         if isinstance(x, jax.core.Tracer):
@@ -204,8 +239,11 @@ def view_of(x: Any, place: Place, argument: str) -> View:
     else:
         raise TypeError(f"{argument} is {place}; accepted there: CuPy arrays and PyTorch tensors")
     size = FLOATS[view.dtype]
-    steps = (step for step, length in zip(view.strides, view.shape, strict=True) if length > 1)
-    if math.prod(view.shape) and any(distance % size for distance in (view.address, *steps)):
+    bits = view.address  # any bit below a size, which is a power of 2, is one too many
+    for step, length in zip(view.strides, view.shape, strict=True):
+        if length > 1:
+            bits |= step
+    if bits % size and math.prod(view.shape):
         raise ValueError(
             f"{argument} has {view.dtype} entries at addresses that are not multiples of {size}, "
             "as in packed records; accepted: aligned arrays (np.require(x, requirements='A'))"
@@ -214,23 +252,26 @@ def view_of(x: Any, place: Place, argument: str) -> View:
 
 
 def _numpy_view(x: NDArray[Any], argument: str) -> View:
-    if not x.dtype.isnative:
-        raise TypeError(
-            f"{argument} has dtype {x.dtype.str}, not in the byte order of this machine; accepted: "
-            f"native {', '.join(FLOATS)} (x.astype(x.dtype.newbyteorder('=')))"
-        )
-    dtype = _float_name(NATIVE.get(x.dtype) or x.dtype.name, argument)
-    return View(x, x.__array_interface__["data"][0], dtype, x.shape, x.strides)
+    dtype = NATIVE.get(x.dtype)
+    if dtype is None:
+        if not x.dtype.isnative:
+            raise TypeError(
+                f"{argument} has dtype {x.dtype.str}, not in the byte order of this machine; "
+                f"accepted: native {', '.join(FLOATS)} (x.astype(x.dtype.newbyteorder('=')))"
+            )
+        dtype = _float_name(x.dtype.name, argument)
+    return View(x, address_of(x), dtype, x.shape, x.strides)
 
 
 def _torch_view(x: Any, argument: str) -> View:
-    dtype = _float_name(str(x.dtype).removeprefix("torch."), argument)
-    if str(x.layout) != "torch.strided" or x.is_neg():
+    dtype = _float_name(_torch_name(x.dtype), argument)
+    if _torch_name(x.layout) != "strided" or x.is_neg():
         raise TypeError(
             f"{argument} is a PyTorch tensor that is sparse, or not yet materialized; accepted: "
             "strided tensors (x.to_dense(), x.resolve_neg())"
         )
-    strides = tuple(step * FLOATS[dtype] for step in x.stride())
+    size = FLOATS[dtype]
+    strides = tuple([step * size for step in x.stride()])
     return View(x, x.data_ptr(), dtype, tuple(x.shape), strides)
 
 
@@ -274,14 +315,30 @@ def rows_of(
 
     The host's rows get their offsets; a device makes its own.
     """
-    position = len(view.shape) + axis
-    lengths = view.shape[:position] + view.shape[position + 1 :]
-    steps = view.strides[:position] + view.strides[position + 1 :]
+    row_stride, axes = _batch_axes(view.shape, view.strides, axis, shape)
+    offsets = None
+    if axes and on_host:
+        offsets = np.zeros(1, np.int64)
+        for length, step in axes:
+            offsets = np.add.outer(offsets, np.arange(length, dtype=np.int64) * step).ravel()
+    return Rows(
+        view.owner, view.address, view.dtype, math.prod(shape), width, view.strides[axis],
+        row_stride, offsets, input, temperature, axes,
+    )  # fmt: skip
+
+
+@functools.lru_cache(1024)
+def _batch_axes(
+    own: tuple[int, ...], strides: tuple[int, ...], axis: int, shape: tuple[int, ...]
+) -> tuple[int, tuple[tuple[int, int], ...]]:
+    """Bytes from a row to the next in a batch of this shape; or 0, and the axes they lie along."""
+    position = len(own) + axis
+    lengths = own[:position] + own[position + 1 :]
+    steps = strides[:position] + strides[position + 1 :]
     missing = len(shape) - len(lengths)
     steps = (0,) * missing + tuple(
         0 if length == 1 else step for length, step in zip(lengths, steps, strict=True)
     )
-    count = math.prod(shape)
     # Neighbouring axes that follow each other in memory are one axis.
     merged: list[tuple[int, int]] = []
     for length, step in zip(shape, steps, strict=True):
@@ -291,29 +348,9 @@ def rows_of(
             merged[-1] = (merged[-1][0] * length, step)
         else:
             merged.append((length, step))
-    row_stride = merged[-1][1] if merged else 0
-    offsets = None
-    axes: tuple[tuple[int, int], ...] = ()
-    if len(merged) > 1 and count:
-        row_stride, axes = 0, tuple(merged)
-        if on_host:
-            offsets = np.zeros(1, np.int64)
-            for length, step in merged:
-                offsets = np.add.outer(offsets, np.arange(length, dtype=np.int64) * step).ravel()
-    stride = view.strides[position]
-    return Rows(
-        view.owner,
-        view.address,
-        view.dtype,
-        count,
-        width,
-        stride,
-        row_stride,
-        offsets,
-        input,
-        temperature,
-        axes,
-    )
+    if len(merged) > 1 and 0 not in shape:
+        return 0, tuple(merged)
+    return (merged[-1][1] if merged else 0), ()
 
 
 def memory(view: View, writable: bool = False) -> NDArray[Any]:
