@@ -19,6 +19,7 @@ give the same bits when the arguments are swapped.
 
 from __future__ import annotations
 
+import functools
 import math
 
 from .mathematics import (
@@ -374,11 +375,168 @@ def _build_single(operation):
     return kernel
 
 
-def _build_pair(operation):
-    only_ratio = operation == "log_ratio"
-    integrand = SUMS["kl" if only_ratio else operation]
-    without_q = operation in INFINITE_WITHOUT_Q
-    without_p = operation in INFINITE_WITHOUT_P
+# --- pairs of rows -----------------------------------------------------------------------
+
+# ``how`` is how both rows are read: bytes between entries and type of P, the same of Q, whether
+# they are probabilities, and the inverse temperatures.
+
+
+@outline
+def stage_pair(x, y, t, xp, yq, how, mx, my, wx, wy, n):
+    """Fill the buffers with u = (x - mx)/T, v = (y - my)/T and t = v - u.
+
+    t is rounded once: what the subtractions round off is carried along.  ``wx`` and ``wy``
+    are the largest probabilities, where the entries are such.
+    """
+    p_step, p_dtype, q_step, q_dtype, probabilities, ip, iq = how
+    stage(x, xp, p_step, p_dtype, 0, n)
+    stage(y, yq, q_step, q_dtype, 0, n)
+    same = ip == iq
+    if probabilities != 0:
+        # The logarithm of (q/wy) / (p/wx) near 1 comes from exact products, not from
+        # logarithms: 2 atanh(s) with s = (q wx - p wy)/(q wx + p wy), odd as it must be.
+        for j in range(0, n, LANES64):
+            p = _get(x + 8 * j)
+            q = _get(y + 8 * j)
+            left = q * wx
+            right = p * wy
+            lost = fma(q, wx, -left) - fma(p, wy, -right)
+            s = ((left - right) + lost) / (left + right)
+            near = 2.0 * ip * fma(s, atanh_tail_64(s), s)
+            usable = (vabs(s) < 0.17) & (vmin(left, right) > 1e-280)
+            store(t + 8 * j, where(usable, near, math.nan))
+        stage(x, xp, p_step, p_dtype, 1, n)
+        stage(y, yq, q_step, q_dtype, 1, n)
+    for j in range(0, n, LANES64):
+        p = _get(x + 8 * j)
+        q = _get(y + 8 * j)
+        dx, lost_x = difference(p, mx)
+        dy, lost_y = difference(q, my)
+        u = dx * ip
+        v = dy * iq
+        if same:
+            lost = (lost_y - lost_x) * ip
+            d = (dy - dx) * ip
+        else:
+            lost = fma(lost_y, iq, -lost_x * ip) - fma(dx, ip, -u)
+            d = fma(dy, iq, -u)
+        d = d + where(unordered(lost, lost), 0.0, lost)
+        if probabilities != 0 and same:
+            near = _get(t + 8 * j)
+            d = where(unordered(near, near), d, near)
+        store(t + 8 * j, d)
+        # A finite logit far below the range is still in the support.
+        store(x + 8 * j, where(p == -math.inf, p, vmax(u, -_LARGEST)))
+        store(y + 8 * j, where(q == -math.inf, q, vmax(v, -_LARGEST)))
+
+
+@inline
+def terms(x, y, t, j, sums):
+    """p, q, log(q/p), log p, log q of one vector; all 0 or finite outside the supports."""
+    log_x, log_y, off, fine = sums
+    log_p = _get(x + 8 * j) - log_x
+    log_q = _get(y + 8 * j) - log_y
+    d = (_get(t + 8 * j) + off) + fine
+    d = where(unordered(d, d), 0.0, vmin(vmax(d, -_LARGEST), _LARGEST))
+    return exp_64(log_p), exp_64(log_q), d, log_p, log_q
+
+
+@inline
+def tops(x, y, xp, yq, width, how):
+    """Maxima with their indices, whether rows are valid, and which lack what the other has."""
+    p_step, p_dtype, q_step, q_dtype, probabilities, ip, iq = how
+    mx = -math.inf
+    my = -math.inf
+    top_x = -1
+    top_y = -1
+    bad = False
+    no_q = False
+    no_p = False
+    for start in range(0, width, TILE):
+        n = min(TILE, width - start)
+        stage(x, xp + start * p_step, p_step, p_dtype, probabilities, n)
+        stage(y, yq + start * q_step, q_step, q_dtype, probabilities, n)
+        mx, at, wrong = tile_top(x, n, mx)
+        if at >= 0:
+            top_x = start + at
+        bad = bad or wrong
+        my, at, wrong = tile_top(y, n, my)
+        if at >= 0:
+            top_y = start + at
+        bad = bad or wrong
+        only_p = lane_is(splat64(0.0), -1)
+        only_q = only_p
+        for j in range(0, n, LANES64):
+            zero_p = _get(x + 8 * j) == -math.inf
+            zero_q = _get(y + 8 * j) == -math.inf
+            only_p = only_p | (zero_q & ~zero_p)
+            only_q = only_q | (zero_p & ~zero_q)
+        no_q = no_q or hany(only_p)
+        no_p = no_p or hany(only_q)
+    valid = not bad and mx > -math.inf and my > -math.inf
+    return mx, my, top_x, top_y, valid, no_q, no_p
+
+
+@inline
+def log_sums(x, y, t, xp, yq, width, how, found, wx, wy):
+    """Logarithms of the normalizers, relative to the maxima, and that of their ratio.
+
+    The latter in two parts: the last correction is kept apart, because t + off cancels.
+    """
+    p_step, p_dtype, q_step, q_dtype, probabilities, ip, iq = how
+    mx, my, top_x, top_y = found
+    # ``off`` tends to log(Sx/Sy), with the tops in.
+    off = 0.0
+    fine = 0.0
+    Sx = 0.0
+    Sy = 0.0
+    for _attempt in range(4):
+        Sx = 0.0
+        Sy = 0.0
+        D = 0.0
+        H = 0.0
+        fx = math.exp(-0.5 * (off + fine))
+        fy = math.exp(0.5 * (off + fine))
+        for start in range(0, width, TILE):
+            n = min(TILE, width - start)
+            stage_pair(x, y, t, xp + start * p_step, yq + start * q_step, how, mx, my, wx, wy, n)
+            sx = splat64(0.0)
+            sy = sx
+            change_sum = sx
+            size = sx
+            for j in range(0, n, LANES64):
+                ex = exp_64(_get(x + 8 * j))
+                ey = exp_64(_get(y + 8 * j))
+                d = (_get(t + 8 * j) + off) + fine
+                tau = vmin(vabs(d), 700.0)  # NaN from -inf - -inf: ex = ey = 0
+                change = vmax(ex * fx, ey * fy) * -expm1_64(-tau)
+                change_sum = change_sum + copysign(change, d)
+                size = size + change
+                sx = sx + where(lane_is(ex, top_x - start - j), 0.0, ex)
+                sy = sy + where(lane_is(ey, top_y - start - j), 0.0, ey)
+            Sx += hsum(sx)
+            Sy += hsum(sy)
+            D += hsum(change_sum)
+            H += hsum(size)
+        total = fx * (1.0 + Sx) + fy * (1.0 + Sy)
+        if not abs(D) < 0.5 * total:
+            off = math.log1p(Sx) - math.log1p(Sy)
+            fine = 0.0
+        elif abs(D) > 0.25 * H:
+            off += fine - 2.0 * math.atanh(D / total)
+            fine = 0.0
+        else:
+            fine -= 2.0 * math.atanh(D / total)
+            break
+        if not abs(off) < 600.0:
+            break
+    return math.log1p(Sx), math.log1p(Sy), off, fine
+
+
+@functools.cache
+def summation(operation):
+    """An inlined ``total``: the value of a pair, once its normalizers are known."""
+    integrand = SUMS[operation]
     ceiling = CEILING.get(operation, math.inf)
     order = operation == "renyi"
     exponent = log_mass_inside if operation == "renyi_0" else renyi_exponent
@@ -386,63 +544,94 @@ def _build_pair(operation):
     largest_only = operation == "renyi_inf"
     support = operation == "renyi_0"
 
-    @outline
-    def stage_pair(
-        x, y, t, xp, yq, p_step, p_dtype, q_step, q_dtype, probabilities, ip, iq, mx, my, wx, wy, n
-    ):
-        """Fill the buffers with u = (x - mx)/T, v = (y - my)/T and t = v - u.
-
-        t is rounded once: what the subtractions round off is carried along.  ``wx`` and ``wy``
-        are the largest probabilities, where the entries are such.
-        """
-        stage(x, xp, p_step, p_dtype, 0, n)
-        stage(y, yq, q_step, q_dtype, 0, n)
-        same = ip == iq
-        if probabilities != 0:
-            # The logarithm of (q/wy) / (p/wx) near 1 comes from exact products, not from
-            # logarithms: 2 atanh(s) with s = (q wx - p wy)/(q wx + p wy), odd as it must be.
+    @inline
+    def total(x, y, t, xp, yq, width, how, found, sums, parameter):
+        p_step, p_dtype, q_step, q_dtype, probabilities, ip, iq = how
+        mx, my, wx, wy = found
+        value = 0.0
+        peak = -math.inf
+        place = -1
+        for start in range(0, width, TILE):
+            n = min(TILE, width - start)
+            stage_pair(x, y, t, xp + start * p_step, yq + start * q_step, how, mx, my, wx, wy, n)
+            s = splat64(0.0)
+            m = splat64(-math.inf)
             for j in range(0, n, LANES64):
-                p = _get(x + 8 * j)
-                q = _get(y + 8 * j)
-                left = q * wx
-                right = p * wy
-                lost = fma(q, wx, -left) - fma(p, wy, -right)
-                s = ((left - right) + lost) / (left + right)
-                near = 2.0 * ip * fma(s, atanh_tail_64(s), s)
-                usable = (vabs(s) < 0.17) & (vmin(left, right) > 1e-280)
-                store(t + 8 * j, where(usable, near, math.nan))
-            stage(x, xp, p_step, p_dtype, 1, n)
-            stage(y, yq, q_step, q_dtype, 1, n)
-        for j in range(0, n, LANES64):
-            p = _get(x + 8 * j)
-            q = _get(y + 8 * j)
-            dx, lost_x = difference(p, mx)
-            dy, lost_y = difference(q, my)
-            u = dx * ip
-            v = dy * iq
-            if same:
-                lost = (lost_y - lost_x) * ip
-                d = (dy - dx) * ip
+                p_, q_, d, log_p, log_q = terms(x, y, t, j, sums)
+                term = integrand(p_, q_, d, log_p, log_q, parameter)
+                if place_only:  # in place of what has been read
+                    store(x + 8 * j, term)
+                elif largest_only:
+                    m = vmax(term, m)
+                else:
+                    s = s + term
+                if order or support:
+                    m = vmax(exponent(p_, q_, d, log_p, log_q, parameter), m)
+            value += hsum(s)
+            if place_only:
+                peak, at, _ = tile_top(x, n, peak)
+                if at >= 0:
+                    place = start + at
             else:
-                lost = fma(lost_y, iq, -lost_x * ip) - fma(dx, ip, -u)
-                d = fma(dy, iq, -u)
-            d = d + where(unordered(lost, lost), 0.0, lost)
-            if probabilities != 0 and same:
-                near = _get(t + 8 * j)
-                d = where(unordered(near, near), d, near)
-            store(t + 8 * j, d)
-            # A finite logit far below the range is still in the support.
-            store(x + 8 * j, where(p == -math.inf, p, vmax(u, -_LARGEST)))
-            store(y + 8 * j, where(q == -math.inf, q, vmax(v, -_LARGEST)))
+                peak = max(peak, hmax(m))
+
+        if place_only:
+            value = place
+        if largest_only:
+            value = peak
+        if order or support:
+            # The logarithm of the sum whose terms' logarithms are the exponents: of
+            # S = sum p**alpha q**(1 - alpha), or of Q's mass on the support of P.
+            log_s = -math.inf
+            if peak == math.inf:
+                log_s = peak
+            elif peak > -math.inf:
+                mass = 0.0
+                for start in range(0, width, TILE):
+                    n = min(TILE, width - start)
+                    stage_pair(
+                        x, y, t, xp + start * p_step, yq + start * q_step, how, mx, my, wx, wy, n
+                    )
+                    s = splat64(0.0)
+                    for j in range(0, n, LANES64):
+                        p_, q_, d, log_p, log_q = terms(x, y, t, j, sums)
+                        r = exponent(p_, q_, d, log_p, log_q, parameter)
+                        s = s + exp_64(r - peak)
+                    mass += hsum(s)
+                log_s = peak + math.log(mass)
+            # Close to 0 it comes from the sum that does not cancel, which on the other
+            # hand has lost terms where p underflows.
+            close = math.log1p(max(-value if support else value, -1.0))
+            if abs(log_s) < 1.0 and abs(close - log_s) < 1e-9:
+                log_s = close
+            value = -log_s if support else log_s / parameter
+        if operation == "js":
+            w = parameter
+            value = min(value, -w * math.log(w) - (1.0 - w) * math.log1p(-w))
+        return min(max(value, 0.0), ceiling) + 0.0  # no -0
+
+    return total
+
+
+@functools.cache
+def infinity(operation):
+    """An inlined ``infinite``: whether a value is, for what one of the rows lacks."""
+    without_q = operation in INFINITE_WITHOUT_Q
+    without_p = operation in INFINITE_WITHOUT_P
+    order = operation == "renyi"
 
     @inline
-    def terms(x, y, t, j, off, fine, log_x, log_y):
-        """p, q, log(q/p), log p, log q of one vector; all 0 or finite outside the supports."""
-        log_p = _get(x + 8 * j) - log_x
-        log_q = _get(y + 8 * j) - log_y
-        d = (_get(t + 8 * j) + off) + fine
-        d = where(unordered(d, d), 0.0, vmin(vmax(d, -_LARGEST), _LARGEST))
-        return exp_64(log_p), exp_64(log_q), d, log_p, log_q
+    def infinite(no_q, no_p, parameter):
+        return (without_q and no_q) or (without_p and no_p) or (order and no_q and parameter >= 0.0)
+
+    return infinite
+
+
+def _build_pair(operation):
+    only_ratio = operation == "log_ratio"
+    support = operation == "renyi_0"
+    total = summation("kl" if only_ratio else operation)
+    infinite = infinity(operation)
 
     def kernel(
         p, p_stride, p_offsets, p_step, p_dtype, q, q_stride, q_offsets, q_step, q_dtype,
@@ -451,6 +640,7 @@ def _build_pair(operation):
         x = buffer_x()
         y = buffer_y()
         t = buffer_t()
+        how = (p_step, p_dtype, q_step, q_dtype, probabilities, ip, iq)
         while True:
             begin = fetch_add(counter, chunk)
             if begin >= n_rows:
@@ -459,201 +649,48 @@ def _build_pair(operation):
                 row = task_row(rows, number)
                 xp = row_address(p, p_stride, p_offsets, row)
                 yq = row_address(q, q_stride, q_offsets, row)
-
-                # Where the whole row's normalizers are given, of which this is a shard, only 3.
-                given = known != 0
-                scanned = 0 if given else width
-
-                # 1. Maxima and supports.
-                mx = -math.inf
-                my = -math.inf
-                top_x = -1
-                top_y = -1
-                bad = False
-                no_q = False
-                no_p = False
-                for start in range(0, scanned, TILE):
-                    n = min(TILE, width - start)
-                    stage(x, xp + start * p_step, p_step, p_dtype, probabilities, n)
-                    stage(y, yq + start * q_step, q_step, q_dtype, probabilities, n)
-                    mx, at, wrong = tile_top(x, n, mx)
-                    if at >= 0:
-                        top_x = start + at
-                    bad = bad or wrong
-                    my, at, wrong = tile_top(y, n, my)
-                    if at >= 0:
-                        top_y = start + at
-                    bad = bad or wrong
-                    only_p = lane_is(splat64(0.0), -1)
-                    only_q = only_p
-                    for j in range(0, n, LANES64):
-                        zero_p = _get(x + 8 * j) == -math.inf
-                        zero_q = _get(y + 8 * j) == -math.inf
-                        only_p = only_p | (zero_q & ~zero_p)
-                        only_q = only_q | (zero_p & ~zero_q)
-                    no_q = no_q or hany(only_p)
-                    no_p = no_p or hany(only_q)
-                if not given and (bad or mx == -math.inf or my == -math.inf):
-                    poke_f64(out + 8 * row, math.nan)
-                    continue
-                if (
-                    (without_q and no_q)
-                    or (without_p and no_p)
-                    or (order and no_q and parameter >= 0.0)
-                ):
-                    poke_f64(out + 8 * row, math.inf)
-                    continue
-                if support and not no_p and not given:
-                    poke_f64(out + 8 * row, 0.0)
-                    continue
-
-                wx = 0.0
-                wy = 0.0
-                if probabilities != 0 and not given:
-                    stage(x, xp + top_x * p_step, p_step, p_dtype, 0, 1)
-                    stage(y, yq + top_y * q_step, q_step, q_dtype, 0, 1)
-                    wx = peek_f64(x)
-                    wy = peek_f64(y)
-
-                # 2. Normalizers, relative to the maxima, and the logarithm of their ratio:
-                # ``off`` tends to log(Sx/Sy), with the tops in.
-                # The last correction is kept apart, because t + off cancels.
-                off = 0.0
-                fine = 0.0
-                Sx = 0.0
-                Sy = 0.0
-                for _attempt in range(0 if given else 4):
-                    Sx = 0.0
-                    Sy = 0.0
-                    D = 0.0
-                    H = 0.0
-                    fx = math.exp(-0.5 * (off + fine))
-                    fy = math.exp(0.5 * (off + fine))
-                    for start in range(0, width, TILE):
-                        n = min(TILE, width - start)
-                        stage_pair(
-                            x, y, t, xp + start * p_step, yq + start * q_step,
-                            p_step, p_dtype, q_step, q_dtype, probabilities,
-                            ip, iq, mx, my, wx, wy, n,
-                        )  # fmt: skip
-                        sx = splat64(0.0)
-                        sy = sx
-                        change_sum = sx
-                        size = sx
-                        for j in range(0, n, LANES64):
-                            ex = exp_64(_get(x + 8 * j))
-                            ey = exp_64(_get(y + 8 * j))
-                            d = (_get(t + 8 * j) + off) + fine
-                            tau = vmin(vabs(d), 700.0)  # NaN from -inf - -inf: ex = ey = 0
-                            change = vmax(ex * fx, ey * fy) * -expm1_64(-tau)
-                            change_sum = change_sum + copysign(change, d)
-                            size = size + change
-                            sx = sx + where(lane_is(ex, top_x - start - j), 0.0, ex)
-                            sy = sy + where(lane_is(ey, top_y - start - j), 0.0, ey)
-                        Sx += hsum(sx)
-                        Sy += hsum(sy)
-                        D += hsum(change_sum)
-                        H += hsum(size)
-                    total = fx * (1.0 + Sx) + fy * (1.0 + Sy)
-                    if not abs(D) < 0.5 * total:
-                        off = math.log1p(Sx) - math.log1p(Sy)
-                        fine = 0.0
-                    elif abs(D) > 0.25 * H:
-                        off += fine - 2.0 * math.atanh(D / total)
-                        fine = 0.0
-                    else:
-                        fine -= 2.0 * math.atanh(D / total)
-                        break
-                    if not abs(off) < 600.0:
-                        break
-                log_x = math.log1p(Sx)
-                log_y = math.log1p(Sy)
-                if only_ratio:
-                    poke_f64(out + 8 * row, off + fine)
-                    continue
-                if given:
+                if known != 0:
+                    # The whole row's normalizers are given, of which this is a shard.
                     at = known + 40 * row
                     mx = peek_f64(at)
-                    log_x = peek_f64(at + 8)
                     my = peek_f64(at + 16)
-                    log_y = peek_f64(at + 24)
                     off = peek_f64(at + 32)
-                    if not abs(log_x) + abs(log_y) + abs(off) < math.inf:
+                    sums = (peek_f64(at + 8), peek_f64(at + 24), off, 0.0)
+                    if not abs(sums[0]) + abs(sums[1]) + abs(off) < math.inf:
                         poke_f64(out + 8 * row, math.nan)
                         continue
+                    wx = 0.0
+                    wy = 0.0
                     if probabilities != 0:
                         wx = mx
                         wy = my
                         mx = math.log(wx)
                         my = math.log(wy)
-
-                # 3. The sum.
-                value = 0.0
-                peak = -math.inf
-                place = -1
-                for start in range(0, width, TILE):
-                    n = min(TILE, width - start)
-                    stage_pair(
-                        x, y, t, xp + start * p_step, yq + start * q_step,
-                        p_step, p_dtype, q_step, q_dtype, probabilities,
-                        ip, iq, mx, my, wx, wy, n,
-                    )  # fmt: skip
-                    s = splat64(0.0)
-                    m = splat64(-math.inf)
-                    for j in range(0, n, LANES64):
-                        p_, q_, d, log_p, log_q = terms(x, y, t, j, off, fine, log_x, log_y)
-                        term = integrand(p_, q_, d, log_p, log_q, parameter)
-                        if place_only:  # in place of what has been read
-                            store(x + 8 * j, term)
-                        elif largest_only:
-                            m = vmax(term, m)
-                        else:
-                            s = s + term
-                        if order or support:
-                            m = vmax(exponent(p_, q_, d, log_p, log_q, parameter), m)
-                    value += hsum(s)
-                    if place_only:
-                        peak, at, _ = tile_top(x, n, peak)
-                        if at >= 0:
-                            place = start + at
-                    else:
-                        peak = max(peak, hmax(m))
-
-                if place_only:
-                    value = place
-                if largest_only:
-                    value = peak
-                if order or support:
-                    # The logarithm of the sum whose terms' logarithms are the exponents: of
-                    # S = sum p**alpha q**(1 - alpha), or of Q's mass on the support of P.
-                    log_s = -math.inf
-                    if peak == math.inf:
-                        log_s = peak
-                    elif peak > -math.inf:
-                        total = 0.0
-                        for start in range(0, width, TILE):
-                            n = min(TILE, width - start)
-                            stage_pair(
-                                x, y, t, xp + start * p_step, yq + start * q_step,
-                                p_step, p_dtype, q_step, q_dtype, probabilities,
-                                ip, iq, mx, my, wx, wy, n,
-                            )  # fmt: skip
-                            s = splat64(0.0)
-                            for j in range(0, n, LANES64):
-                                p_, q_, d, log_p, log_q = terms(x, y, t, j, off, fine, log_x, log_y)
-                                r = exponent(p_, q_, d, log_p, log_q, parameter)
-                                s = s + exp_64(r - peak)
-                            total += hsum(s)
-                        log_s = peak + math.log(total)
-                    # Close to 0 it comes from the sum that does not cancel, which on the other
-                    # hand has lost terms where p underflows.
-                    close = math.log1p(max(-value if support else value, -1.0))
-                    if abs(log_s) < 1.0 and abs(close - log_s) < 1e-9:
-                        log_s = close
-                    value = -log_s if support else log_s / parameter
-                if operation == "js":
-                    w = parameter
-                    value = min(value, -w * math.log(w) - (1.0 - w) * math.log1p(-w))
-                poke_f64(out + 8 * row, min(max(value, 0.0), ceiling) + 0.0)  # no -0
+                else:
+                    mx, my, top_x, top_y, valid, no_q, no_p = tops(x, y, xp, yq, width, how)
+                    if not valid:
+                        poke_f64(out + 8 * row, math.nan)
+                        continue
+                    if infinite(no_q, no_p, parameter):
+                        poke_f64(out + 8 * row, math.inf)
+                        continue
+                    if support and not no_p:
+                        poke_f64(out + 8 * row, 0.0)
+                        continue
+                    wx = 0.0
+                    wy = 0.0
+                    if probabilities != 0:
+                        stage(x, xp + top_x * p_step, p_step, p_dtype, 0, 1)
+                        stage(y, yq + top_y * q_step, q_step, q_dtype, 0, 1)
+                        wx = peek_f64(x)
+                        wy = peek_f64(y)
+                    places = (mx, my, top_x, top_y)
+                    sums = log_sums(x, y, t, xp, yq, width, how, places, wx, wy)
+                    if only_ratio:
+                        poke_f64(out + 8 * row, sums[2] + sums[3])
+                        continue
+                found = (mx, my, wx, wy)
+                value = total(x, y, t, xp, yq, width, how, found, sums, parameter)
+                poke_f64(out + 8 * row, value)
 
     return kernel
