@@ -1,13 +1,15 @@
 """What an evaluation job costs beyond its kernels, and how much memory beyond the mapped files.
 
 Run ``python benchmarks/evaluation.py``: job and bare work take turns, and the medians of their
-ratios are printed as Markdown. ``--rows 10000 --vocab 128256`` is a real job; the files hold 1000
-rows and are read again and again, so that they stay in memory: 1 GB for this one.
+times and ratios are written to EVALUATION.md beside this file (``--out`` elsewhere). The float32
+files hold 1000 rows and are read again and again, so that they stay in memory: 1 GB for 10 000
+rows of 128256. ``--only`` measures a part and prints it.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import statistics
 import tempfile
 import threading
@@ -16,11 +18,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 import klfast
 from klfast import llama_cpp
+from klfast._machine import machine, versions
 
+HERE = Path(__file__).resolve().parent
 FILE_ROWS = 1000
 #: Rows of one matrix product: more gain a tenth at best, and take more memory.
 PRODUCT_ROWS = 256
@@ -138,23 +143,23 @@ def llama(folder: Path, rows: int, vocab: int, rounds: int) -> str:
     with Watch() as watch:
         job()
     return (
-        f"| llama.cpp files, {rows} x {vocab} | {arrays:.2f} s (float32 arrays) | {whole:.2f} s "
+        f"| llama.cpp files, {rows} x {vocab} | {arrays:.2f} s | {whole:.2f} s "
         f"| {ratio:.2f} | {watch.megabytes:.0f} MB |"
     )
 
 
-def heads(rows: int, width: int, vocab: int, rounds: int, dtype: str) -> str:
-    """`klfast.LinearLogits` on both sides, and the matrix products alone."""
+def heads(rows: int, width: int, vocab: int, rounds: int, dtype: str, count: int) -> str:
+    """`klfast.LinearLogits` with one head for both sides or two, and the matrix products alone."""
     random = np.random.default_rng(2)
-    weight = (random.standard_normal((vocab, width), np.float32) / np.sqrt(width)).astype("f4")
+    weight = random.standard_normal((vocab, width), np.float32)
+    weight /= np.float32(np.sqrt(width))
     states = random.standard_normal((rows, width), np.float32)
     other = states + np.float32(0.1) * random.standard_normal(states.shape, np.float32)
     stored: Any = weight
-    if dtype == "bfloat16":
-        import ml_dtypes
-
-        stored = weight.astype(ml_dtypes.bfloat16)
-    sides = klfast.LinearLogits(states, stored), klfast.LinearLogits(other, stored)
+    if dtype != "float32":
+        stored = weight.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    second = stored if count == 1 else stored.copy()
+    sides = klfast.LinearLogits(states, stored), klfast.LinearLogits(other, second)
 
     def bare() -> None:
         for start in range(0, rows, PRODUCT_ROWS):
@@ -167,33 +172,55 @@ def heads(rows: int, width: int, vocab: int, rounds: int, dtype: str) -> str:
     products, whole, ratio = in_turns(bare, job, rounds)
     with Watch() as watch:
         job()
+    which = "one head" if count == 1 else "two heads"
     return (
-        f"| {dtype} head {vocab} x {width}, {rows} rows | {products:.2f} s (products) "
-        f"| {whole:.2f} s | {ratio:.2f} | {watch.megabytes:.0f} MB |"
+        f"| {which}, {dtype}, {vocab} x {width}, {rows} rows | {products:.2f} s | {whole:.2f} s "
+        f"| {ratio:.2f} | {watch.megabytes:.0f} MB |"
+    )
+
+
+def about(rounds: int) -> str:
+    """What was measured, where and how."""
+    facts, now = machine(), datetime.datetime.now(datetime.UTC)
+    known = ", ".join(f"{name} {version}" for name, version in versions().items() if version)
+    return (
+        "# Evaluation jobs beside their bare work\n\n"
+        f"Measured {now:%Y-%m-%d %H:%M} UTC on {facts['processor']}, {facts['cores']} cores, with "
+        f"{klfast.get_num_threads()} threads; {known}. Medians of {rounds} rounds, in which the "
+        "two take turns. Written by `python benchmarks/evaluation.py`.\n\n"
+        "Bare work is `klfast.compare` with the same metrics on chunks of arrays in memory for "
+        "float32 files; the whole job on float32 arrays in memory for files of llama.cpp; and for "
+        f"output heads NumPy's float32 products of {PRODUCT_ROWS} rows, nothing else. Memory is "
+        "the peak above what the process held before, mapped files aside.\n"
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, default=2000)
+    parser.add_argument("--rows", type=int, default=10_000, help="of the float32 files")
     parser.add_argument("--vocab", type=int, default=128256)
     parser.add_argument("--width", type=int, default=2048, help="entries of a hidden state")
+    parser.add_argument("--states", type=int, default=640, help="rows of hidden states")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", choices=("files", "llama", "heads"))
-    parser.add_argument("--folder", help="where to write the files")
+    parser.add_argument("--folder", help="where to write the files of logits")
+    parser.add_argument("--out", type=Path, default=HERE / "EVALUATION.md")
     options = parser.parse_args()
     size = options.rows, options.vocab, options.rounds
-    print("| job | bare work | job | bare / job | memory |\n| --- | --- | --- | --- | --- |")
+    lines = ["| job | bare work | job | bare / job | memory |", "| --- | --- | --- | --- | --- |"]
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         if options.only in (None, "files"):
-            print(files(Path(folder), *size), flush=True)
+            lines.append(files(Path(folder), *size))
         if options.only in (None, "llama"):
-            print(llama(Path(folder), *size), flush=True)
+            lines.append(llama(Path(folder), *size))
     if options.only in (None, "heads"):
-        for dtype in ("float32", "bfloat16"):
-            rows = min(options.rows, 1024)
-            shape = rows, options.width, options.vocab, options.rounds
-            print(heads(*shape, dtype), flush=True)
+        shape = options.states, options.width, options.vocab, options.rounds
+        for dtype in ("float32", "bfloat16", "float16"):
+            lines += [heads(*shape, dtype, count) for count in (1, 2)]
+    print("\n".join(lines))
+    if options.only is None:
+        text = "\n".join([about(options.rounds), *lines, ""])
+        options.out.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
