@@ -1,15 +1,15 @@
 """What an evaluation job costs beyond its kernels, and how much memory beyond the mapped files.
 
 Run ``python benchmarks/evaluation.py``: job and bare work take turns, and the medians of their
-times and ratios are written to EVALUATION.md beside this file (``--out`` elsewhere). The float32
-files hold 1000 rows and are read again and again, so that they stay in memory: 1 GB for 10 000
-rows of 128256. ``--only`` measures a part and prints it.
+times and ratios are printed as Markdown. Bare work is `klfast.compare` with the same metrics on
+chunks of arrays in memory for float32 files; the whole job on float32 arrays in memory for files of
+llama.cpp; NumPy's float32 products for output heads. The float32 files hold 1000 rows and are read
+again and again, so that they stay in memory: 1 GB for 10 000 rows of 128256.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import statistics
 import tempfile
 import threading
@@ -23,10 +23,10 @@ import numpy as np
 
 import klfast
 from klfast import llama_cpp
-from klfast._machine import machine, versions
 
-HERE = Path(__file__).resolve().parent
 FILE_ROWS = 1000
+#: Of output heads.
+DTYPES = ("float32", "bfloat16", "float16")
 #: Rows of one matrix product: more gain a tenth at best, and take more memory.
 PRODUCT_ROWS = 256
 STATUS = Path("/proc/self/status")
@@ -179,22 +179,6 @@ def heads(rows: int, width: int, vocab: int, rounds: int, dtype: str, count: int
     )
 
 
-def about(rounds: int) -> str:
-    """What was measured, where and how."""
-    facts, now = machine(), datetime.datetime.now(datetime.UTC)
-    known = ", ".join(f"{name} {version}" for name, version in versions().items() if version)
-    return (
-        "# Evaluation jobs beside their bare work\n\n"
-        f"Measured {now:%Y-%m-%d %H:%M} UTC on {facts['processor']}, {facts['cores']} cores, with "
-        f"{klfast.get_num_threads()} threads; {known}. Medians of {rounds} rounds, in which the "
-        "two take turns. Written by `python benchmarks/evaluation.py`.\n\n"
-        "Bare work is `klfast.compare` with the same metrics on chunks of arrays in memory for "
-        "float32 files; the whole job on float32 arrays in memory for files of llama.cpp; and for "
-        f"output heads NumPy's float32 products of {PRODUCT_ROWS} rows, nothing else. Memory is "
-        "the peak above what the process held before, mapped files aside.\n"
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=10_000, help="of the float32 files")
@@ -202,25 +186,21 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=2048, help="entries of a hidden state")
     parser.add_argument("--states", type=int, default=640, help="rows of hidden states")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", choices=("files", "llama", "heads"))
+    parser.add_argument("--only", choices=("files", "llama", *DTYPES))
     parser.add_argument("--folder", help="where to write the files of logits")
-    parser.add_argument("--out", type=Path, default=HERE / "EVALUATION.md")
     options = parser.parse_args()
     size = options.rows, options.vocab, options.rounds
-    lines = ["| job | bare work | job | bare / job | memory |", "| --- | --- | --- | --- | --- |"]
+    print("| job | bare work | job | bare / job | memory |\n| --- | --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         if options.only in (None, "files"):
-            lines.append(files(Path(folder), *size))
+            print(files(Path(folder), *size), flush=True)
         if options.only in (None, "llama"):
-            lines.append(llama(Path(folder), *size))
-    if options.only in (None, "heads"):
-        shape = options.states, options.width, options.vocab, options.rounds
-        for dtype in ("float32", "bfloat16", "float16"):
-            lines += [heads(*shape, dtype, count) for count in (1, 2)]
-    print("\n".join(lines))
-    if options.only is None:
-        text = "\n".join([about(options.rounds), *lines, ""])
-        options.out.write_text(text, encoding="utf-8")
+            print(llama(Path(folder), *size), flush=True)
+    for dtype in DTYPES:
+        if options.only in (None, dtype):
+            for count in (1, 2):
+                shape = options.states, options.width, options.vocab, options.rounds
+                print(heads(*shape, dtype, count), flush=True)
 
 
 if __name__ == "__main__":
