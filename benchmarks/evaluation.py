@@ -1,8 +1,10 @@
 """What an evaluation job costs beyond its kernels, and how much memory beyond the mapped files.
 
 Run ``python benchmarks/evaluation.py``: job and bare work take turns, and the medians of their
-ratios are printed as Markdown. ``--rows 10000 --vocab 128256`` is a real job; the files hold 1000
-rows and are read again and again, so that they stay in memory: 1 GB for this one.
+times and ratios are printed as Markdown. Bare work is `klfast.compare` with the same metrics on
+chunks of arrays in memory for float32 files; the whole job on float32 arrays in memory for files of
+llama.cpp; NumPy's float32 products for output heads. The float32 files hold 1000 rows and are read
+again and again, so that they stay in memory: 1 GB for 10 000 rows of 128256.
 """
 
 from __future__ import annotations
@@ -16,12 +18,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 import klfast
 from klfast import llama_cpp
 
 FILE_ROWS = 1000
+#: Of output heads.
+DTYPES = ("float32", "bfloat16", "float16")
 #: Rows of one matrix product: more gain a tenth at best, and take more memory.
 PRODUCT_ROWS = 256
 STATUS = Path("/proc/self/status")
@@ -138,23 +143,23 @@ def llama(folder: Path, rows: int, vocab: int, rounds: int) -> str:
     with Watch() as watch:
         job()
     return (
-        f"| llama.cpp files, {rows} x {vocab} | {arrays:.2f} s (float32 arrays) | {whole:.2f} s "
+        f"| llama.cpp files, {rows} x {vocab} | {arrays:.2f} s | {whole:.2f} s "
         f"| {ratio:.2f} | {watch.megabytes:.0f} MB |"
     )
 
 
-def heads(rows: int, width: int, vocab: int, rounds: int, dtype: str) -> str:
-    """`klfast.LinearLogits` on both sides, and the matrix products alone."""
+def heads(rows: int, width: int, vocab: int, rounds: int, dtype: str, count: int) -> str:
+    """`klfast.LinearLogits` with one head for both sides or two, and the matrix products alone."""
     random = np.random.default_rng(2)
-    weight = (random.standard_normal((vocab, width), np.float32) / np.sqrt(width)).astype("f4")
+    weight = random.standard_normal((vocab, width), np.float32)
+    weight /= np.float32(np.sqrt(width))
     states = random.standard_normal((rows, width), np.float32)
     other = states + np.float32(0.1) * random.standard_normal(states.shape, np.float32)
     stored: Any = weight
-    if dtype == "bfloat16":
-        import ml_dtypes
-
-        stored = weight.astype(ml_dtypes.bfloat16)
-    sides = klfast.LinearLogits(states, stored), klfast.LinearLogits(other, stored)
+    if dtype != "float32":
+        stored = weight.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    second = stored if count == 1 else stored.copy()
+    sides = klfast.LinearLogits(states, stored), klfast.LinearLogits(other, second)
 
     def bare() -> None:
         for start in range(0, rows, PRODUCT_ROWS):
@@ -167,20 +172,22 @@ def heads(rows: int, width: int, vocab: int, rounds: int, dtype: str) -> str:
     products, whole, ratio = in_turns(bare, job, rounds)
     with Watch() as watch:
         job()
+    which = "one head" if count == 1 else "two heads"
     return (
-        f"| {dtype} head {vocab} x {width}, {rows} rows | {products:.2f} s (products) "
-        f"| {whole:.2f} s | {ratio:.2f} | {watch.megabytes:.0f} MB |"
+        f"| {which}, {dtype}, {vocab} x {width}, {rows} rows | {products:.2f} s | {whole:.2f} s "
+        f"| {ratio:.2f} | {watch.megabytes:.0f} MB |"
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, default=2000)
+    parser.add_argument("--rows", type=int, default=10_000, help="of the float32 files")
     parser.add_argument("--vocab", type=int, default=128256)
     parser.add_argument("--width", type=int, default=2048, help="entries of a hidden state")
+    parser.add_argument("--states", type=int, default=640, help="rows of hidden states")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", choices=("files", "llama", "heads"))
-    parser.add_argument("--folder", help="where to write the files")
+    parser.add_argument("--only", choices=("files", "llama", *DTYPES))
+    parser.add_argument("--folder", help="where to write the files of logits")
     options = parser.parse_args()
     size = options.rows, options.vocab, options.rounds
     print("| job | bare work | job | bare / job | memory |\n| --- | --- | --- | --- | --- |")
@@ -189,11 +196,11 @@ def main() -> None:
             print(files(Path(folder), *size), flush=True)
         if options.only in (None, "llama"):
             print(llama(Path(folder), *size), flush=True)
-    if options.only in (None, "heads"):
-        for dtype in ("float32", "bfloat16"):
-            rows = min(options.rows, 1024)
-            shape = rows, options.width, options.vocab, options.rounds
-            print(heads(*shape, dtype), flush=True)
+    for dtype in DTYPES:
+        if options.only in (None, dtype):
+            for count in (1, 2):
+                shape = options.states, options.width, options.vocab, options.rounds
+                print(heads(*shape, dtype, count), flush=True)
 
 
 if __name__ == "__main__":

@@ -226,7 +226,7 @@ def test_a_chunk_is_bounded_by_bytes_and_rows() -> None:
         hidden = np.broadcast_to(np.float32(0), (10**6, states))
         sides = [LinearLogits(hidden, weight), LinearLogits(hidden, weight)]
         rows.append(Job(sides[0], sides[1:]).chunk_rows)
-    assert rows == [261, 512]
+    assert rows == [320, 512]
 
 
 def test_any_thread_measures() -> None:

@@ -1027,7 +1027,7 @@ def to_float32(source: NDArray[Any], out: NDArray[np.float32]) -> None:
 def join_floors(
     sides: Sequence[tuple[NDArray[Any], Values]], rows: Sequence[NDArray[np.float32]]
 ) -> Values:
-    """Decode rows of both sides into ``rows``, with -inf where either is at its floor.
+    """Decode rows of both sides into ``rows``, with `LEFT_OUT` where either is at its floor.
 
     Each side is its words, uint16 (n, V), or log-probabilities, float32 (n, V), of any stride
     between rows, and three numbers a row, as kernels/cpu/floors.py has them. ``rows`` are two

@@ -22,7 +22,7 @@ from ._checkpoint import Checkpoint, Part, identity
 from ._compare import Comparison
 from ._evaluation import Evaluation, Rows, measures
 from ._heads import open_description
-from ._linear import BLOCK_BYTES, BLOCK_ROWS, LinearLogits, in_step
+from ._linear import BLOCK_BYTES, BLOCK_ROWS, BLOCK_UNIT, LinearLogits, in_step
 from ._operations import DEFAULT_METRICS, TARGET_METRICS, parse_metric
 from ._pairs import NOISE_ROWS, FlooredPair, Pair, Stored, check_floored
 from ._sources import (
@@ -307,6 +307,7 @@ class Job:
         most = max(_CHUNK_BYTES // logits, min(_CHUNK_ROWS, _MOST_BYTES // logits))
         if self.multiplies:
             most = min(BLOCK_ROWS, BLOCK_BYTES // logits)
+            most -= most % BLOCK_UNIT if most > BLOCK_UNIT else 0
         unit: int = max(getattr(each, "unit_rows", 1) for each in sources)
         rows = unit * max(1, most // unit)
         lengths = {each.shard_rows for each in sources if isinstance(each, ShardedSource)} - {0}

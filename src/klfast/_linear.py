@@ -24,9 +24,11 @@ from ._arrays import FLOATS, dtype_name
 from ._dispatch import get_num_threads
 from ._sources import LogitSource
 
-#: Logits that a job makes at a time, of all its sources together.
-BLOCK_BYTES = 256 * 2**20
+#: Logits that a job makes at a time, of all its sources together, and of each in rows. A product
+#: of rows that are no multiple of the unit took up to a tenth longer.
+BLOCK_BYTES = 320 * 2**20
 BLOCK_ROWS = 512
+BLOCK_UNIT = 64
 # Panels, in the dtype of the product. Smaller ones than the first are slower; of those that are
 # converted, the second are still in the cache when they are multiplied.
 _PANEL_BYTES = 64 * 2**20

@@ -3,8 +3,9 @@
 Files of llama.cpp are decoded together. Of the entries at the floor of a row (`llama_cpp`) only
 an upper bound of each is known, and of all of them together the mass that is missing to 1. So all
 entries that are at the floor in either row count as one outcome, with that mass in each: the row
-of V log-probabilities gets one entry more, and its floor is -inf. Joining outcomes can only bring
-two distributions closer, so that the divergences are lower bounds, and no less than 0.
+of V log-probabilities gets one entry more, and those at its floor have probability 0. Joining
+outcomes can only bring two distributions closer, so that the divergences are lower bounds, and no
+less than 0.
 
 The missing mass is a small difference. With e the errors of the stored log-probabilities,
 uniform in a step of ``scale``, it is known up to
@@ -31,6 +32,8 @@ from .llama_cpp import BaseLogits, decode, is_clamped
 
 #: Rows of which the effect of 16 bits is estimated.
 NOISE_ROWS = 32
+#: The log-probability of what is left out, as in kernels/cpu/floors.py: its exponential is 0.
+LEFT_OUT = -1e4
 
 
 class Block(NamedTuple):
@@ -189,7 +192,7 @@ class Side:
         missing = 1.0 - mass - equal * np.exp(largest)
         missing = np.maximum(missing, np.maximum(other, self.sigma))
         with np.errstate(divide="ignore"):
-            self.rows[:, -1] = np.log(np.minimum(missing, most))
+            self.rows[:, -1] = np.maximum(np.log(np.minimum(missing, most)), LEFT_OUT)
 
     def noise(self) -> NDArray[np.float64]:
         """The mean KL that storing 16 bits causes by itself, to second order in the errors.
@@ -236,7 +239,7 @@ def join_floors(
         sums[:, side, 4] = own.sum(1)
         sums[:, side, 5] = np.where(top.any(1), tops, -1)
         sums[:, side, 6] = np.take_along_axis(found, tops[:, None], 1)[:, 0]
-        found[either] = -np.inf
+        found[either] = LEFT_OUT
     return sums
 
 
