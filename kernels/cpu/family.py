@@ -18,7 +18,7 @@ from klfast._arrays import Rows
 from . import Values, _address, _cut, _launch
 from .native import kernel
 
-__all__ = ["add_pairs", "count_sums", "fill_tables", "gaussian_kl", "moments"]
+__all__ = ["add_pairs", "count_sums", "fill_table", "gaussian_kl", "moments"]
 
 #: Values that the kernel ``counts`` gives for a row.
 COUNT_COLUMNS = 8
@@ -82,36 +82,33 @@ def add_pairs(
     _launch(function, arguments, n * m * depth, alone=False)
 
 
-def fill_tables(
+def fill_table(
     rows: Rows,
     part: slice,
     shifts: Values,
-    powers: Panels | None,
-    logs: Panels | None,
-    own: Values,
+    table: Panels,
+    kind: str,
+    sums: Values,
     *,
-    order: float = 1.0,
     factor: float = 1.0,
     nothing: float = 0.0,
 ) -> bool:
-    """Write tables of a part of the vocabulary, and add the sums of powers times logs to ``own``.
+    """Write a table of a part of the vocabulary, and add what is summed to ``sums``.
 
-    ``shifts`` are c and rest of each row, ``own`` one number; both for whole panels of rows.
-    Returns whether an entry is -inf.
+    ``kind``: "probs", "powers" or "logs", of the power or times the factor ``factor``.  ``shifts``
+    are c and rest of each row; ``sums`` those of exp(u), and of exp(u) u, the second with "probs"
+    alone.  Both are for whole panels of rows.  Returns whether an entry is -inf.
     """
     counter, zeros = np.zeros(1, np.int64), np.zeros(1)
     references, rests = shifts.astype(np.float32)
-    some = powers if powers is not None else logs
-    assert some is not None
-    function = _kernel(
-        "tables", (rows.dtype, powers is not None, logs is not None), "q" * 13 + "d" * 4
-    )
+    masses, own = sums
+    function = _kernel("tables", (rows.dtype, kind), "q" * 13 + "d" * 3)
     arguments = (
         rows.address, rows.row_stride, rows.count, part.start, part.stop, _address(counter),
-        _address(references), _address(rests), _address(powers), _address(logs), some.shape[1],
-        _address(own), _address(zeros), 1.0 / rows.temperature, order, factor, nothing,
+        _address(references), _address(rests), _address(table), table.shape[1],
+        _address(masses), _address(own), _address(zeros), 1.0 / rows.temperature, factor, nothing,
     )  # fmt: skip
-    _launch(function, arguments, 4 * some.size, alone=False)
+    _launch(function, arguments, 4 * table.size, alone=False)
     return bool(zeros[0])
 
 

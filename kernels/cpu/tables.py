@@ -1,8 +1,9 @@
-"""Tables of a part of the vocabulary, of many rows whose normalizers are known.
+"""Tables of a part of the vocabulary, of many rows, and what there is to sum for each of them.
 
-With u = (x - c)/T - rest, which is log p: powers exp(order u), and u itself times a factor, where
-entries of -inf become ``nothing``; with the powers the sum of powers times u, and whether a row has
-an entry of -inf.  Float32, for `pairwise`.
+With u = (x - c)/T - rest, which is log p but for a constant of the row: exp(u) ("probs"), a power
+of it ("powers") or u times a factor ("logs"), where entries of -inf have the logarithm ``nothing``;
+and the sums of exp(u), which say what the constant is, and with "probs" of exp(u) u.  Float32, for
+`pairwise`.
 
 Rows lie in panels of 16, whose entries of one index follow each other: a vector has a lane for each
 row, with a reference and sums of its own.  The lanes of a last panel that has fewer rows are those
@@ -14,7 +15,7 @@ from __future__ import annotations
 import math
 
 from .mathematics import LOG2_E, exp2_32, inline
-from .rowloop import BLOCK, f32
+from .rowloop import f32
 from .simd import (
     ITEMSIZE,
     LANES32,
@@ -26,6 +27,7 @@ from .simd import (
     lane_is,
     loader,
     poke_f64,
+    prefetch,
     scratch,
     splat32,
     store,
@@ -34,12 +36,15 @@ from .simd import (
     where,
 )
 
+#: How far ahead to ask for entries of a row, in bytes.
+AHEAD = 1024
+
 square = scratch(4 * LANES32 * LANES32)
 turned = scratch(4 * LANES32 * LANES32)
 _load = loader("float32", f32v)
 
 
-def build(dtype, has_powers, has_logs):
+def build(dtype, kind):
     load, load_tail = loader(dtype, f32v), tail_loader(dtype, f32v)
     size = ITEMSIZE[dtype]
 
@@ -48,18 +53,24 @@ def build(dtype, has_powers, has_logs):
         """Write the next n entries of 16 rows to ``columns``, those of an index in a vector."""
         for i in range(LANES32):
             at = x + min(i, rows - 1) * x_stride
+            prefetch(at + AHEAD)
             if n == LANES32:
                 store(area + 4 * LANES32 * i, load(at))
             else:
                 store(area + 4 * LANES32 * i, load_tail(at, n))
         transpose(area, columns)
 
+    @inline
+    def power(z, zero):
+        """2**z, and 0 for an entry that is."""
+        return where(zero, 0.0, where(z > 127.0, math.inf, exp2_32(z)))
+
     def kernel(
-        x, x_stride, n, start, stop, counter, references, rests, powers, logs, padded, own, zeros,
-        inverse_temperature, order, factor, nothing,
+        x, x_stride, n, start, stop, counter, references, rests, table, padded, masses, own, zeros,
+        inverse_temperature, factor, nothing,
     ):  # fmt: skip
-        it, exponent, multiple = f32(inverse_temperature), f32(order * LOG2_E), f32(factor)
-        filler = f32(nothing)
+        it, multiple = f32(inverse_temperature), f32(factor)
+        exponent, filler = f32(factor * LOG2_E), f32(nothing)
         area, columns = square(), turned()
         width = stop - start
         while True:
@@ -68,27 +79,29 @@ def build(dtype, has_powers, has_logs):
                 return
             at = x + first * x_stride + start * size
             c, rest = _load(references + 4 * first), _load(rests + 4 * first)
-            target = 4 * first * padded
+            target = table + 4 * first * padded
             empty = lane_is(c, -1)
-            for block in range(0, width, BLOCK):
-                total = splat32(0.0)
-                for j in range(block, min(block + BLOCK, width), LANES32):
-                    count = min(LANES32, width - j)
-                    turn(at + j * size, x_stride, min(LANES32, n - first), count, area, columns)
-                    for i in range(count):
-                        entry = _load(columns + 4 * LANES32 * i)
-                        to = target + 4 * LANES32 * (j + i)
-                        zero = entry == -math.inf
-                        empty = empty | zero
-                        u = fma(entry - c, it, -rest)
-                        if has_powers:
-                            z = u * exponent
-                            e = where(zero, 0.0, where(z > 127.0, math.inf, exp2_32(z)))
-                            total = total + where(zero, 0.0, e * u)
-                            store(powers + to, e)
-                        if has_logs:
-                            store(logs + to, where(zero, filler, u * multiple))
-                if has_powers:
+            for j in range(0, width, LANES32):
+                count = min(LANES32, width - j)
+                turn(at + j * size, x_stride, min(LANES32, n - first), count, area, columns)
+                mass, total = splat32(0.0), splat32(0.0)
+                for i in range(count):
+                    entry = _load(columns + 4 * LANES32 * i)
+                    to = target + 4 * LANES32 * (j + i)
+                    zero = entry == -math.inf
+                    empty = empty | zero
+                    u = fma(entry - c, it, -rest)
+                    e = power(u * LOG2_E, zero)
+                    mass = mass + e
+                    if kind == "probs":
+                        total = total + where(zero, 0.0, e * u)
+                        store(to, e)
+                    elif kind == "powers":
+                        store(to, power(u * exponent, zero))
+                    else:
+                        store(to, where(zero, filler, u * multiple))
+                add64(masses + 8 * first, mass)
+                if kind == "probs":
                     add64(own + 8 * first, total)
             if hany(empty):
                 poke_f64(zeros, 1.0)

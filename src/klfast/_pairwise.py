@@ -34,6 +34,8 @@ Table = NDArray[Any]
 
 #: Entries of the vocabulary in a part.
 PART = 4096
+#: Entries that a first guess of normalizers is made from.
+SAMPLE = 512
 #: Rows of a panel, which are next to each other in every entry of a table.
 PANEL = 16
 #: Bytes.
@@ -139,71 +141,87 @@ class _Side:
         self.stored, self.stored_dtype = memory(view), view.dtype
         self.shifts = np.zeros((2, _whole(self.rows.count)))
 
-    def prepare(self) -> NDArray[np.bool_]:
-        """Find the normalizers, in float64; returns which rows are no distributions."""
-        normalizer = self._of_rows("logsumexp", None)
-        shifts = self.shifts[:, : self.rows.count]
-        if self.rows.input == "probs":
-            shifts[1] = normalizer
-            return ~np.isfinite(normalizer)
-        # x/T - normalizer as (x - c)/T - rest, where the subtraction from a large x is exact.
-        with np.errstate(all="ignore"):
-            c = (normalizer * self.rows.temperature).astype(np.float32).astype(np.float64)
-            rest = normalizer - c / self.rows.temperature
-        # The kernel gives large ones to the digits of their size, which would be missing here.
-        far = np.flatnonzero(np.isfinite(normalizer) & (np.abs(normalizer) > 32.0))
-        if far.size:
-            c[far] = decode(self.stored[far, : self.rows.width], self.stored_dtype).max(-1)
-            rest[far] = -np.log(self._of_rows("top_p", far)[far])
-        shifts[:] = c, rest
-        return ~np.isfinite(normalizer)
-
-    def _of_rows(self, name: str, numbers: NDArray[np.int64] | None) -> Values:
-        out = np.empty(self.rows.count)
-        self.backend.run(name, self.rows, None, (), numbers, out)
-        return out
-
-    def tables(
-        self,
-        part: slice,
-        powers: Table | None,
-        logs: Table | None,
-        own: Values,
-        order: float = 1.0,
-        factor: float = 1.0,
-        nothing: float = 0.0,
-    ) -> bool:
-        """Fill `powers` with p^order and `logs` with log p times a factor; `nothing` for log 0.
-
-        With powers, the sums of powers times log p are added to `own`. Whether an entry is 0 is
-        returned.
-        """
-        kernels = compiled()
-        some = powers if powers is not None else logs
-        assert some is not None
+    @property
+    def in_kernel(self) -> bool:
+        """Whether a kernel makes its tables."""
         rows = self.rows
-        if (
-            kernels is not None
-            and some.ndim == 3
+        return (
+            compiled() is not None
             and rows.input != "probs"
             and rows.offsets is None
             and rows.stride == FLOATS[rows.dtype]
             and rows.dtype != "float64"
-        ):
-            options = {"order": order, "factor": factor, "nothing": nothing}
-            zero: bool = kernels.fill_tables(rows, part, self.shifts, powers, logs, own, **options)
+        )
+
+    def prepare(self) -> NDArray[np.bool_]:
+        """Find the normalizers, in float64; returns which rows are no distributions."""
+        normalizer = self._of_rows("logsumexp", self.rows)
+        self._shift(normalizer)
+        # The kernel gives large ones to the digits of their size, which would be missing here.
+        far = np.flatnonzero(np.isfinite(normalizer) & (np.abs(normalizer) > 32.0))
+        if far.size and self.rows.input != "probs":
+            c = decode(self.stored[far, : self.rows.width], self.stored_dtype).max(-1)
+            self.shifts[:, far] = c, -np.log(self._of_rows("top_p", self.rows, far)[far])
+        return ~np.isfinite(normalizer)
+
+    def guess(self) -> None:
+        """Take normalizers from the first entries, as if the others were like them."""
+        some = min(SAMPLE, self.rows.width)
+        normalizer = self._of_rows("logsumexp", replace(self.rows, width=some))
+        normalizer += math.log(self.rows.width / some)
+        self._shift(np.where(np.isfinite(normalizer), normalizer, 0.0))
+
+    def _shift(self, normalizer: Values) -> None:
+        shifts = self.shifts[:, : self.rows.count]
+        if self.rows.input == "probs":
+            shifts[1] = normalizer
+            return
+        # x/T - normalizer as (x - c)/T - rest, where the subtraction from a large x is exact.
+        with np.errstate(all="ignore"):
+            c = (normalizer * self.rows.temperature).astype(np.float32).astype(np.float64)
+            shifts[:] = c, normalizer - c / self.rows.temperature
+
+    def _of_rows(self, name: str, rows: Rows, numbers: NDArray[np.int64] | None = None) -> Values:
+        out = np.empty(rows.count)
+        self.backend.run(name, rows, None, (), numbers, out)
+        return out
+
+    def table(
+        self,
+        part: slice,
+        table: Table,
+        kind: Literal["probs", "powers", "logs"],
+        sums: Values,
+        *,
+        factor: float = 1.0,
+        nothing: float = 0.0,
+    ) -> bool:
+        """Fill a table with p, a power of it, or its logarithm times a factor; `nothing` for log 0.
+
+        p is relative to what the shifts are. Its sum is added to the first of `sums`, and with
+        "probs" that of p log p to the second. Whether an entry is 0 is returned.
+        """
+        rows = self.rows
+        if self.in_kernel and table.ndim == 3:
+            options = {"factor": factor, "nothing": nothing}
+            zero: bool = compiled().fill_table(  # type: ignore[union-attr]
+                rows, part, self.shifts, table, kind, sums, **options
+            )
             return zero
         values = decode(self.stored[:, part], self.stored_dtype)
         c, rest = self.shifts[:, : rows.count, None]
         x = np.log(values) if rows.input == "probs" else values - c
         log_p = x / rows.temperature - rest
         empty = log_p == -np.inf
-        power = np.exp(order * np.where(empty, 0.0, log_p)) * ~empty
-        if powers is not None:
-            own[: rows.count] += np.sum(np.where(empty, 0.0, power * log_p), -1)
-            _write(power, powers)
-        if logs is not None:
-            _write(np.where(empty, nothing, factor * log_p), logs)
+        weight = np.exp(log_p)
+        sums[0, : rows.count] += weight.sum(-1)
+        if kind == "probs":
+            sums[1, : rows.count] += np.sum(np.where(empty, 0.0, weight * log_p), -1)
+            _write(weight, table)
+        elif kind == "powers":
+            _write(np.exp(factor * np.where(empty, 0.0, log_p)) * ~empty, table)
+        else:
+            _write(np.where(empty, nothing, factor * log_p), table)
         return bool(empty.any())
 
     def some(self, numbers: NDArray[np.int64]) -> Rows:
@@ -227,14 +245,8 @@ def _all_pairs(
     if method is None:
         values, doubtful = np.empty(shape), np.ones(shape, np.bool_)
     else:
-        bad_p = bad_q = p.prepare()
-        if same:
-            q.shifts = p.shifts
-        else:
-            bad_q = q.prepare()
         with np.errstate(all="ignore"):
             values, doubtful = method(name, parameters, p, q, dtype, same)
-        doubtful |= bad_p[:, None] | bad_q
     _again(name, parameters, p, q, values, doubtful)
     return values
 
@@ -267,13 +279,17 @@ def _again(
 
 @dataclass(slots=True)
 class _Sums:
-    """What is added up over the vocabulary."""
+    """What is added up over the vocabulary, with p and q relative to what the shifts are."""
 
     product: Values  # (N, M)
-    own_p: Values  # (N), sum p log p
-    own_q: Values  # (M)
-    outside: NDArray[np.bool_]  # (N, M), whether p is above 0 where q is 0
-    outside_q: NDArray[np.bool_]  # the other way round
+    of_p: Values  # (2, N): the sums of p, and of p log p
+    of_q: Values  # (2, M)
+    outside: NDArray[np.bool_] | None  # (N, M), whether p is above 0 where q is 0; None: nowhere
+
+    def holds(self) -> bool:
+        """Whether the shifts were near enough to the normalizers that no p has left float32."""
+        masses = np.concatenate([self.of_p[0], self.of_q[0]])
+        return bool((np.isnan(masses) | ((masses > 1e-13) & (masses < 1e13))).all())
 
 
 def _products(
@@ -282,65 +298,114 @@ def _products(
     if name == "reverse_kl":
         values, doubtful = _products("kl", (), q, p, dtype, same)
         return values.T, doubtful.T
+    if name == "jeffreys":
+        there, back = (_products("kl", (), *pair, dtype, same) for pair in ((p, q), (q, p)))
+        return there[0] + back[0].T, there[1] | back[1].T
     alpha = {"chi2": 2.0, "hellinger2": 0.5}.get(name, parameters[0] if parameters else 1.0)
-    trusted = TRUSTED[dtype]
-    if alpha == 1.0:
-        s = _sums(p, q, dtype, None, name == "jeffreys")
-        if name == "cross_entropy":
-            values = -s.product
-            doubtful = ~(values > trusted)
-        elif name == "jeffreys":
-            values = s.own_p[:, None] + s.own_q - s.product
-            doubtful = ~(values > trusted * -s.product)
-        else:
-            # In place, as new memory takes longer; values > trusted (values - own), rearranged.
-            values = np.subtract(s.own_p[:, None], s.product, out=s.product)
-            doubtful = ~(values > (trusted / (1.0 - trusted)) * -s.own_p[:, None])
-        infinite = s.outside | s.outside_q
-    elif 0.0 < alpha < math.inf:
-        s = _sums(p, q, dtype, alpha, False)
-        total, beta = s.product, alpha - 1.0
-        away = np.abs(total - 1.0) > trusted
-        doubtful = ~(away & (total > 1e-20) & (total < 1e30))
-        if name == "renyi":
-            values = np.divide(np.log(total, out=total), beta, out=total)
-        else:
-            scale = {"alpha": alpha * beta, "tsallis": beta, "chi2": 1.0, "hellinger2": -1.0}[name]
-            values = (total - 1.0) / scale
-        infinite = s.outside if alpha > 1.0 else np.zeros_like(s.outside)
-    else:
+    if not 0.0 < alpha < math.inf:
         values = np.empty((p.rows.count, q.rows.count))
         return values, np.ones_like(values, np.bool_)
-    if infinite.any():
-        # A row that is no distribution makes its product NaN; the kernels say what the result is.
-        doubtful &= ~infinite | np.isnan(values)
+    s = _sums(p, q, dtype, alpha, same)
+    log_p, log_q = np.log(s.of_p[0]), np.log(s.of_q[0])
+    values, doubtful = s.product, np.empty(s.product.shape, np.bool_)
+    # A few rows at a time, which stay in cache.
+    for start in range(0, len(values), PANEL):
+        some = slice(start, start + PANEL)
+        block, rows = values[some], (s.of_p[:, some, None], log_p[some, None])
+        if alpha == 1.0:
+            doubtful[some] = _entropic(name, block, *rows, log_q, TRUSTED[dtype])
+        else:
+            doubtful[some] = _of_order(name, alpha, block, rows[1], log_q, TRUSTED[dtype])
+    bad = ~np.isfinite(log_p)[:, None] | ~np.isfinite(log_q)
+    if s.outside is not None:
+        # Of a row that is no distribution, the kernels say what the result is.
+        infinite = s.outside & ~bad
+        doubtful &= ~infinite
         values[infinite] = np.inf
+    doubtful |= bad
     return values, doubtful
 
 
-def _sums(p: _Side, q: _Side, dtype: str, alpha: float | None, both: bool) -> _Sums:
-    """The sums of p log q (`both`: and of q log p), or with an order alpha, p^a q^(1-a)."""
+def _entropic(
+    name: str, product: Values, of_p: Values, log_p: Values, log_q: Values, trusted: float
+) -> NDArray[np.bool_]:
+    """Cross-entropies or KL divergences in place of products, and which are doubtful.
+
+    With masses P and Q, p = P p' and q = Q q':  -sum p' log q' = log Q - (sum p log q)/P, and
+    sum p' log p' = (sum p log p)/P - log P.  What is rounded is sum p log q, which is no more than
+    cross-entropy and log Q together, sum p log p likewise, and log P and log Q, whose rounding is
+    as that of a number of 0.2.
+    """
+    mass, own = of_p
+    product *= -1.0 / mass
+    product += log_q
+    if name == "cross_entropy":
+        return ~(product > trusted * (0.2 + np.abs(log_q)) / (1.0 - trusted))
+    # values > trusted (cross-entropy + others), rearranged.
+    least = product * trusted
+    least += trusted * (0.2 + np.abs(log_p)) + trusted * np.abs(log_q)
+    product += own / mass - log_p
+    return ~(product > least)
+
+
+def _of_order(
+    name: str, alpha: float, total: Values, log_p: Values, log_q: Values, trusted: float
+) -> NDArray[np.bool_]:
+    """Divergences in place of the sums of p^alpha q^(1-alpha), and which are doubtful."""
+    beta = alpha - 1.0
+    doubtful = ~((total > 1e-20) & (total < 1e30))
+    total *= np.exp(-alpha * log_p)
+    total *= np.exp(beta * log_q)
+    doubtful |= ~(np.abs(total - 1.0) > trusted)
+    if name == "renyi":
+        np.log(total, out=total)
+        total /= beta
+    else:
+        total -= 1.0
+        total /= {"alpha": alpha * beta, "tsallis": beta, "chi2": 1.0, "hellinger2": -1.0}[name]
+    return doubtful
+
+
+def _sums(p: _Side, q: _Side, dtype: str, alpha: float, same: bool) -> _Sums:
+    """The sums of p log q, or with another order than 1 those of p^alpha q^(1-alpha).
+
+    What a row is relative to cancels from its divergences, and only has to be near its normalizer,
+    which then comes from the same read of the logits.  It is found first where that does not hold,
+    and where high powers of it would not stay in range.
+    """
+    sides = (p,) if same else (p, q)
+    if p.in_kernel and q.in_kernel and dtype == "float32" and alpha <= 2.0:
+        for side in sides:
+            side.guess()
+        if same:
+            q.shifts = p.shifts
+        s = _add_up(p, q, dtype, alpha)
+        if s.holds():
+            return s
+    for side in sides:
+        side.prepare()
+    if same:
+        q.shifts = p.shifts
+    return _add_up(p, q, dtype, alpha)
+
+
+def _add_up(p: _Side, q: _Side, dtype: str, alpha: float) -> _Sums:
     n, m = p.rows.count, q.rows.count
-    product, own_p, own_q = _empty_sums(n, m)
-    outside, outside_q = np.zeros((n, m), np.bool_), np.zeros((n, m), np.bool_)
-    powers, logs = _Buffer((n, m), dtype), _Buffer((n, m) if both else (), dtype)
+    product, of_p, of_q = _empty_sums(n, m)
+    outside = None
+    buffer = _Buffer((n, m), dtype)
     for part in _parts(p.rows.width):
-        left, right = powers.tables(part)
-        logs_p, powers_q = logs.tables(part) if both else (None, None)
-        if alpha is None:
-            zero_p = p.tables(part, left, logs_p, own_p)
-            zero_q = q.tables(part, powers_q, right, own_q)
+        left, right = buffer.tables(part)
+        if alpha == 1.0:
+            p.table(part, left, "probs", of_p)
+            zero = q.table(part, right, "logs", of_q)
         else:
-            zero_p = p.tables(part, left, None, own_p, alpha)
-            zero_q = q.tables(part, right, None, own_q, 1.0 - alpha)
+            p.table(part, left, "powers", of_p, factor=alpha)
+            zero = q.table(part, right, "powers", of_q, factor=1.0 - alpha)
         _add_products(left, right, (n, m), part, product)
-        if logs_p is not None and powers_q is not None:
-            _add_products(logs_p, powers_q, (n, m), part, product)
-        if zero_q:
-            outside |= _outside(p, q, part)
-        if zero_p and both:
-            outside_q |= _outside(q, p, part).T
-    return _Sums(product[:n, :m], own_p[:n], own_q[:m], outside, outside_q)
+        if zero and alpha >= 1.0:
+            outside = _outside(p, q, part) | (False if outside is None else outside)
+    return _Sums(product[:n, :m], of_p[:, :n], of_q[:, :m], outside)
 
 
 def _add_products(x: Table, y: Table, shape: tuple[int, int], part: slice, product: Values) -> None:
@@ -355,7 +420,7 @@ def _add_products(x: Table, y: Table, shape: tuple[int, int], part: slice, produ
 def _empty_sums(n: int, m: int) -> tuple[Values, Values, Values]:
     """Zeros for all pairs of rows and for the rows of each side, in whole panels."""
     n, m = _whole(n), _whole(m)
-    return np.zeros((n, m)), np.zeros(n), np.zeros(m)
+    return np.zeros((n, m)), np.zeros((2, n)), np.zeros((2, m))
 
 
 def _whole(rows: int) -> int:
@@ -432,19 +497,21 @@ def _tiles(
     kernels = compiled()
     if kernels is None:
         return values[:n, :m], np.ones((n, m), np.bool_)
-    unused = np.zeros(max(values.shape))
     sides = (p,) if same else (p, q)
+    bad = [side.prepare() for side in sides]
+    unused = np.zeros((2, max(values.shape)))
     buffer = _Buffer(tuple(side.rows.count for side in sides), dtype)
     for part in _parts(p.rows.width):
         tables = buffer.tables(part)
         for side, table in zip(sides, tables, strict=True):
             if name == "tv":
-                side.tables(part, table, None, unused)
+                side.table(part, table, "probs", unused)
             else:
-                side.tables(part, None, table, unused, 1.0, 1.0 / math.log(2.0), -math.inf)
+                base_2 = {"factor": 1.0 / math.log(2.0), "nothing": -math.inf}
+                side.table(part, table, "logs", unused, **base_2)
         kernels.add_pairs(name, tables[0], tables[-1], (n, m), part.stop - part.start, values)
     values = values[:n, :m]
     if same:
         values = np.triu(values) + np.triu(values, 1).T
-    doubtful = ~(values > SMALLEST[name])
+    doubtful = ~(values > SMALLEST[name]) | bad[0][:, None] | bad[-1]
     return np.minimum(values, 1.0 if name == "tv" else math.log(2.0)), doubtful
