@@ -211,7 +211,7 @@ def _refuse_gradients(batch: Batch, arrays: Mapping[str, Any]) -> None:
             )
 
 
-def _evaluate_plain(name: str, parameters: tuple[float, ...], p: Any, q: Any = None) -> Any | None:
+def _evaluate_plain(name: str, parameters: tuple[float, ...], p: Any, *others: Any) -> Any | None:
     """The short way of a call with no keywords, of contiguous arrays or tensors of one shape.
 
     None where it does not lead, and all checks have to be made.
@@ -221,7 +221,7 @@ def _evaluate_plain(name: str, parameters: tuple[float, ...], p: Any, q: Any = N
     if first is None:
         return None
     dtypes = [first.dtype]
-    if q is not None:
+    for q in others:
         if place_of(q, "q") != place or p.shape != q.shape:
             return None
         other = plain_rows(q, place)
