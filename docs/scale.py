@@ -70,9 +70,9 @@ def measured() -> Rates:
     kl = size / median(lambda: klfast.kl_divergence(p, q))
     of = size / median(lambda: klfast.RowState.of(p, q, "kl"))
     klfast.set_num_threads(threads)
-    many = np.repeat(klfast.RowState.of(p, q, "kl").array, 100, axis=0)
-    state = klfast.RowState(many, "kl")
-    merge = median(lambda: state.merge(state)) / len(many)
+    many = np.repeat(klfast.RowState.of(p, q, "kl").array, 4, axis=0)
+    states = [klfast.RowState(many, "kl")] * 64
+    merge = median(lambda: states[0].merge(*states[1:])) / (63 * len(many))
     tasks = 3000
     with (
         dask.config.set({"distributed.worker.daemon": False}),
@@ -157,11 +157,11 @@ def main() -> None:
     print(f"merge of two states      {1e9 * rates.merge:.0f} ns a row")
     print(f"a task of Dask           {duration(rates.task)}")
     print(f"\nthe job: {volume(ROWS * ROW)} of logits, {volume(ROWS * COLUMNS * 8)} of columns\n")
-    print("| logits | workers of 32 cores | shard | shards | reading a shard | computing it | "
+    print("| logits | workers of 32 cores | a task | tasks | reading for it | computing | "
           "the job | lower bound | scheduler busy |")  # fmt: skip
     print("| --- " * 9 + "|")
     for disks, workers, shard in itertools.product(
-        (False, True), (100, 300, 1000), (1e9, 16e9)
+        (False, True), (100, 300, 1000), (1e9, 4e9, 16e9)
     ):  # fmt: skip
         found = job(rates, workers, 32, shard, disks)
         cells = (

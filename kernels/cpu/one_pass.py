@@ -110,6 +110,9 @@ CANCELLATION = 8.0
 #: From here on, errors of a few 1e-7 in a result are beside it; and of 1e-7, as ``exactly`` has.
 APART, APART_EXACTLY = 1.0, 0.25
 
+#: An entry so far below all others that its exponential is 0.
+NO_MASS = -1e30
+
 #: Rows that differ by a constant as large as this are left to the float64 kernel.
 FARTHEST = 1000.0
 
@@ -340,21 +343,43 @@ def reader(operation, dtype_p, dtype_q, exactly):
     size_p, size_q = ITEMSIZE[dtype_p], ITEMSIZE[dtype_q]
 
     @inline
-    def near_block(x, y, start, stop, a, ref, c, beta):
-        """(S, D, B, G) of a block of whole vectors, and whether it was near."""
+    def near_block(x, y, start, stop, hole, a, ref, c, beta):
+        """(S, D, B, G) of a block of whole vectors without ``hole``, and whether it was near."""
         s = splat32(0.0)
         d = s
         b = s
         g = s
         high = s
-        for j in range(start, stop, LANES32):
-            ahead_p(x, j)
-            ahead_q(y, j)
-            s, d, b, g, high = near_step(
-                load_p(x + j * size_p), load_q(y + j * size_q),
-                a, ref, c, beta, s, d, b, g, high,
-            )  # fmt: skip
+        j = start
+        last = stop
+        if start <= hole < stop:
+            last = start + (hole - start) // LANES32 * LANES32
+        while True:
+            while j < last:
+                ahead_p(x, j)
+                ahead_q(y, j)
+                s, d, b, g, high = near_step(
+                    load_p(x + j * size_p), load_q(y + j * size_q),
+                    a, ref, c, beta, s, d, b, g, high,
+                )  # fmt: skip
+                j += LANES32
+            if j == stop:
+                break
+            p = load_p(x + j * size_p)
+            out = lane_is(p, hole - j)  # which becomes an entry without mass
+            p = where(out, NO_MASS, p)
+            q = where(out, NO_MASS, load_q(y + j * size_q))
+            s, d, b, g, high = near_step(p, q, a, ref, c, beta, s, d, b, g, high)
+            j += LANES32
+            last = stop
         return s, d, b, g, not hany((high > PHI_NEAR * PHI_NEAR) | unordered(d, d))
+
+    @inline
+    def begins_near(x, y, start, stop, a, c):
+        """Whether the first vector is near: where it is not, a near block would be for nothing."""
+        p = tail_p(x + start * size_p, stop - start)
+        q = tail_q(y + start * size_q, stop - start)
+        return not hany(vabs(fma(q - p, a, c)) > PHI_NEAR)
 
     @inline
     def sums(x, y, start, stop, hole, a, ref, c, beta, limit, close):
@@ -372,20 +397,19 @@ def reader(operation, dtype_p, dtype_q, exactly):
         full = start + (stop - start) // LANES32 * LANES32
         j = start
         while j < stop:
-            last = full
-            if j <= hole < full:
-                last = start + (hole - start) // LANES32 * LANES32
-            last = min(last, j + BLOCK)
+            last = min(full, j + BLOCK)
             s = zero
             d = zero
             b = zero
             g = zero
             done = False
             if near and close:
-                s, d, b, g, done = near_block(x, y, j, last, a, ref, c, beta)
+                s, d, b, g, done = near_block(x, y, j, last, hole, a, ref, c, beta)
             if done:
                 j = last
             else:
+                if j <= hole < last:
+                    last = start + (hole - start) // LANES32 * LANES32
                 s = zero
                 d = zero
                 b = zero
@@ -433,7 +457,7 @@ def reader(operation, dtype_p, dtype_q, exactly):
         if not math.isfinite(c2):
             return 0.0, 0.0, 0.0, 0.0, 0.0, math.nan, 0.0, 0.0
         guessed = True
-        close = True
+        close = begins_near(x, y, start, tile_stop, f32(a), f32(c2))
         hole = find_p(x, start, tile_stop, f32(largest))
         top = ((entry_q(y, hole) - entry_p(x, hole)) * a + c2) * LN_2
         state = (largest * a * LN_2, 0.0, top, c2 * LN_2, 0.0, 0.0, 0.0, 0.0)
@@ -472,8 +496,8 @@ def reader(operation, dtype_p, dtype_q, exactly):
             if guessed and (d * d > 1.3 * b * (S + 1.0) or abs(d) > off * (S + 1.0)):
                 # The first tile's c was a guess from two maxima.  It was bad: again.
                 guessed = False
-                close = True
                 c2 = f64(f32(c2 - d / (S + 1.0) * LOG2_E))
+                close = begins_near(x, y, start, tile_stop, f32(a), f32(c2))
                 state = (m, 0.0, top + (c2 * LN_2 - c), c2 * LN_2, 0.0, 0.0, 0.0, 0.0)
                 continue
             guessed = False

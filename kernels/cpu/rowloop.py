@@ -12,6 +12,7 @@ from .simd import (
     ITEMSIZE,
     LANES32,
     f32v,
+    first,
     first_lane,
     hany,
     high64,
@@ -180,7 +181,7 @@ def entry(dtype):
 
     @inline
     def get(row, j):
-        return f64(hmax(load_tail(row + j * size, 1)))
+        return f64(first(load_tail(row + j * size, 1)))
 
     return get
 

@@ -436,26 +436,45 @@ log_split32 = _log_split(0x3F3504F3, 23)
 log_split64 = _log_split(0x3FE6A09E667F3BCD, 52)
 
 
-def _reduction(name, with_start):
-    @intrinsic
-    def reduce(typingctx, a):
-        def codegen(context, builder, sig, args):
-            ty = _LLVM_ELEMENT[a.element]
-            full = f"llvm.vector.reduce.{name}.{_suffix(a)}"
-            if with_start:
-                fnty = ir.FunctionType(ty, [ty, a.llvm])
-                fn = cgutils.get_or_insert_function(builder.module, fnty, full)
-                # reassoc: lanes may be joined as a tree (a fixed one, given the machine).
-                return builder.call(fn, [ir.Constant(ty, -0.0), args[0]], fastmath=("reassoc",))
-            return _call(builder, full, [args[0]], ty)
+@intrinsic
+def hsum(typingctx, a):
+    """The sum of all lanes."""
 
-        return a.element(a), codegen
+    def codegen(context, builder, sig, args):
+        ty = _LLVM_ELEMENT[a.element]
+        fnty = ir.FunctionType(ty, [ty, a.llvm])
+        name = f"llvm.vector.reduce.fadd.{_suffix(a)}"
+        fn = cgutils.get_or_insert_function(builder.module, fnty, name)
+        # reassoc: lanes may be joined as a tree (a fixed one, given the machine).
+        return builder.call(fn, [ir.Constant(ty, -0.0), args[0]], fastmath=("reassoc",))
 
-    return reduce
+    return a.element(a), codegen
 
 
-hsum = _reduction("fadd", True)
-hmax = _reduction("fmax", False)
+@intrinsic
+def hmax(typingctx, a):
+    """The largest lane; any where there is a NaN."""
+
+    def codegen(context, builder, sig, args):
+        # As a tree of vmax: LLVM's own reduction looks for NaN at each of its steps.
+        vector, lanes = args[0], a.lanes
+        while lanes > 1:
+            lanes //= 2
+            low, high = (_lanes(builder, vector, start, lanes) for start in (0, lanes))
+            vector = builder.select(builder.fcmp_ordered(">", low, high), low, high)
+        return builder.extract_element(vector, ir.IntType(32)(0))
+
+    return a.element(a), codegen
+
+
+@intrinsic
+def first(typingctx, a):
+    """The first lane."""
+
+    def codegen(context, builder, sig, args):
+        return builder.extract_element(args[0], ir.IntType(32)(0))
+
+    return a.element(a), codegen
 
 
 def _widened(builder, vector, start):
