@@ -370,10 +370,10 @@ def statistics(base: BaseLogits, test: LogitSource) -> Iterator[str]:
     If ``test`` comes from such a file too, it is taken as it is stored, in 16 bits. Rounding moves
     the log-likelihood of a token by ``scale / sqrt(12)``, at most 7e-5, in the standard deviation;
     that of the largest entry not at all. It is without bias: rows of real files whose missing mass
-    is below 1e-5 sum to 1 within 0.01 steps. What llama.cpp printed of the same model may be
-    further off. Of 115 tokens of a Q5_0 model, the mean of nll_q differed from that of its file by
-    1.8e-5, 3.8 standard deviations of rounding, and by 1e-4 a token in the root mean square: the
-    printed line and the file come from two runs, whose logits were not the same.
+    is below 1e-5 sum to 1, to 0.01 steps. What llama.cpp printed of the same model may be further
+    off: of 115 tokens of a Q5_0 model, the mean of nll_q differed from that of its file by 1.8e-5,
+    3.8 standard deviations of rounding, as if each logit were another by 1e-4. That leaves the
+    model itself: file and printed lines come from two runs of it.
 
     Raises
     ------
