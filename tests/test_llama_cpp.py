@@ -83,6 +83,22 @@ def test_numbers_that_llama_cpp_printed() -> None:
     np.testing.assert_allclose(found[:5], printed[:5], rtol=4e-5, atol=4e-5)
 
 
+@pytest.mark.parametrize("path", [BASE, TEST])
+def test_real_files_are_rounded_without_bias(path: Path) -> None:
+    """Stored probabilities sum to 1, where next to nothing is at the floor."""
+    scale, least, words = BaseLogits(path).stored(0, 23)
+    step = scale.astype(np.float64)
+    p = np.exp(step[:, None] * words + least[:, None])
+    rounded = np.where((words == 0) | (words == 65535), 0.0, p)
+    missing = np.where(words == 0, p, 0.0).sum(1)  # at most
+    few = missing < 3e-5
+    assert few.sum() >= 2
+    excess = p.sum(1) - missing - 1.0
+    spread = step / math.sqrt(12) * np.sqrt((rounded**2).sum(1))
+    assert (excess[few] < 4 * spread[few]).all()
+    assert (excess[few] + missing[few] > -4 * spread[few]).all()
+
+
 def test_all_that_it_prints(tmp_path: Path) -> None:
     logits = 4 * RANDOM.standard_normal((120, 33)).astype(np.float32)
     other = logits + 0.3 * RANDOM.standard_normal(logits.shape).astype(np.float32)

@@ -363,9 +363,17 @@ def statistics(base: BaseLogits, test: LogitSource) -> Iterator[str]:
     """Lines that ``llama-perplexity --kl-divergence`` prints of a base file and a test model.
 
     In its own way, float32 arithmetic included: KL over the entries whose base log-probability is
-    above -16, which may be negative. ``test`` are logits of the rows of ``base``; if they come
-    from such a file too, they have 16 bits, and are taken as they are. Lines come chunk by chunk,
-    and the statistics, of 100 rows or more, at the end.
+    above -16, which may be negative. ``test`` are logits of the rows of ``base``, of which every
+    digit is that of llama.cpp. Lines come chunk by chunk, and the statistics, of 100 rows or more,
+    at the end.
+
+    If ``test`` comes from such a file too, it is taken as it is stored, in 16 bits. Rounding moves
+    the log-likelihood of a token by ``scale / sqrt(12)``, at most 7e-5, in the standard deviation;
+    that of the largest entry not at all. It is without bias: rows of real files whose missing mass
+    is below 1e-5 sum to 1, to 0.01 steps. What llama.cpp printed of the same model may be further
+    off: of 115 tokens of a Q5_0 model, the mean of nll_q differed from that of its file by 1.8e-5,
+    3.8 standard deviations of rounding, as if each logit were another by 1e-4. That leaves the
+    model itself: file and printed lines come from two runs of it.
 
     Raises
     ------
