@@ -15,8 +15,9 @@ import operator
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
-from llvmlite import binding
+from llvmlite import binding, ir
 from numba.core import (
+    cgutils,
     cpu,
     imputils,
     target_extension,
@@ -275,6 +276,57 @@ def _unpacked(kinds: tuple[types.Type, ...]) -> Any:
     return unpacked
 
 
+#: The bit of the control word that has results too small for a normal number become 0.
+_FLUSH_TO_ZERO = 0x8000
+
+
+@intrinsic
+def flush_to_zero(typingctx):  # type: ignore[no-untyped-def]
+    """Have this thread's results below the normal range become 0; returns what it did before.
+
+    An entry 80 to 400 nats below its row's largest has such a probability, and a processor that
+    cares for the digits of those takes 10 to 30 times as long. Inputs are read as they are. Only
+    on x86-64: others lose little or no time.
+    """
+
+    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        if not _HAS_CONTROL_WORD:
+            return ir.Constant(ir.IntType(32), 0)
+        place = cgutils.alloca_once(builder, ir.IntType(32))
+        _control_word(builder, "st", place)
+        before = builder.load(place)
+        builder.store(builder.or_(before, before.type(_FLUSH_TO_ZERO)), place)
+        _control_word(builder, "ld", place)
+        return before
+
+    return types.int32(), codegen
+
+
+@intrinsic
+def set_control_word(typingctx, word):  # type: ignore[no-untyped-def]
+    """Have this thread do with such results what it did."""
+
+    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        if _HAS_CONTROL_WORD:
+            place = cgutils.alloca_once_value(builder, args[0])
+            _control_word(builder, "ld", place)
+        return context.get_dummy_value()
+
+    return types.void(word), codegen
+
+
+_HAS_CONTROL_WORD = binding.get_process_triple().startswith("x86_64")
+
+
+def _control_word(builder: ir.IRBuilder, direction: str, place: Any) -> None:
+    """Load or store the register that says how vectors are computed with."""
+    address = ir.IntType(8).as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [address])
+    name = f"llvm.x86.sse.{direction}mxcsr"
+    function = cgutils.get_or_insert_function(builder.module, kind, name)
+    builder.call(function, [builder.bitcast(place, address)])
+
+
 def compile_kernel(function: Callable[..., None], kinds: tuple[Any, ...]) -> tuple[str, bytes]:
     """Symbol and object code of a Python function of such numbers: it takes their address.
 
@@ -283,7 +335,9 @@ def compile_kernel(function: Callable[..., None], kinds: tuple[Any, ...]) -> tup
     kernel, unpacked = jit()(function), _unpacked(kinds)
 
     def entry(address: int) -> None:
+        before = flush_to_zero()
         kernel(*unpacked(address))
+        set_control_word(before)
 
     dispatcher = jit()(entry)
     dispatcher.compile(types.void(types.int64))
