@@ -188,6 +188,16 @@ def test_strides(operation: Operation, parameters: tuple[float, ...]) -> None:
             assert_right(operation, found, got, truth)
 
 
+@every_measure
+def test_strides_of_rows_wider_than_what_is_staged(
+    operation: Operation, parameters: tuple[float, ...]
+) -> None:
+    found = cases(2100, "float32", "float64")
+    p, q = strided(found.p, "backwards"), strided(found.q, "by columns")
+    truth = expected(operation, parameters, found.p, found.q)
+    assert_right(operation, found, computed(operation, parameters, p, q), truth)
+
+
 @pytest.mark.parametrize(("operation", "parameters"), PAIR_MEASURES)
 @pytest.mark.parametrize("dtype", [None, "float64"])
 def test_every_row_of_p_against_every_row_of_q(

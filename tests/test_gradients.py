@@ -60,6 +60,18 @@ def logits(noise: float, rows: int = 20, width: int = 1003) -> tuple[Array, Arra
     return p, p + noise * change + 0.3
 
 
+def strange_rows(noise: float, dtype: str, rows: int = 12, width: int = 103) -> tuple[Any, Any]:
+    """Rows with masks, on one side or both, NaN, all -inf, equal, and with a large entry."""
+    p, q = (x.astype(dtype) for x in logits(noise, rows=rows, width=width))
+    p[3, :7] = q[3, :7] = -np.inf
+    p[5, 6] = q[4, 5] = -np.inf
+    p[6, 7] = np.nan
+    q[8] = -np.inf
+    q[9] = p[9]
+    p[10, 17], q[10, 17] = 40.0, 40.1
+    return p, q
+
+
 @pytest.mark.parametrize("name", [*NAMES, *EXTREME])
 def test_reference_is_the_central_difference(name: str) -> None:
     p, q = logits(0.5, rows=3, width=6)
@@ -112,13 +124,7 @@ def test_reference_and_kernels_agree_with_autograd_of_the_definition(name: str, 
 @pytest.mark.parametrize("noise", [1e-6, 1e-4, 1e-2, 1.0])
 @pytest.mark.parametrize("name", NAMES)
 def test_kernels_agree_with_the_reference(name: str, noise: float) -> None:
-    p, q = (x.astype(np.float32) for x in logits(noise))
-    p[3, :7] = q[3, :7] = -np.inf
-    p[5, 6] = q[4, 5] = -np.inf
-    p[6, 7] = np.nan
-    q[8] = -np.inf
-    q[9] = p[9]
-    p[10, 17], q[10, 17] = 40.0, 40.1
+    p, q = strange_rows(noise, "float32", rows=20, width=1003)
     value, gradients = both(name, p, q, temperature=1.5)
     truth = true_value(name, p, q, 1.5)
     np.testing.assert_allclose(value, truth, rtol=3e-6, atol=1e-11)

@@ -62,9 +62,10 @@ from .simd import (
     where,
 )
 
-#: Entries staged at a time, 8 KiB of each array.
+#: Entries staged at a time, 8 KiB of each array. Whole vectors are stored, each behind the last: of
+#: entries that do not follow each other in memory the last vector begins with the last entry.
 TILE = 1024
-BUFFER = 8 * TILE
+BUFFER = 8 * (TILE + LANES64)
 
 #: How the kernel is told the type of an array.
 DTYPE_CODE = {"float16": 0, "bfloat16": 1, "float32": 2, "float64": 3}

@@ -8,7 +8,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_gradients import EXTREME, NAMES, logits, rows_of, sides_of, true_gradient, true_value
+from test_gradients import (
+    EXTREME,
+    NAMES,
+    logits,
+    rows_of,
+    sides_of,
+    strange_rows,
+    true_gradient,
+    true_value,
+)
 
 import klfast
 
@@ -27,17 +36,6 @@ def assert_close(gradient: Any, expected: Any) -> None:
     """To 1e-5 of the largest entry of each row."""
     size = np.abs(expected).max(-1, keepdims=True)
     assert (np.abs(gradient - expected) <= 1e-5 * size).all()
-
-
-def strange_rows(noise: float, dtype: str, width: int = 103) -> tuple[Any, Any]:
-    p, q = (x.astype(dtype) for x in logits(noise, rows=12, width=width))
-    p[3, :7] = q[3, :7] = -np.inf
-    p[5, 6] = q[4, 5] = -np.inf
-    p[6, 7] = np.nan
-    q[8] = -np.inf
-    q[9] = p[9]
-    p[10, 17], q[10, 17] = 40.0, 40.1
-    return p, q
 
 
 @pytest.mark.parametrize(("dtype", "noise"), [("float32", 1e-4), ("float64", 1.0)])

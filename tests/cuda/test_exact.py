@@ -10,7 +10,8 @@ import pytest
 from distributions import Cases, cases
 from measures import assert_right, tokens_of
 from numpy.typing import NDArray
-from twin import compiler, run_kernel, running
+from twin import compiler, run_kernel
+from twin.running import at_offsets
 
 from klfast import reference
 from klfast._operations import OPERATIONS
@@ -136,18 +137,6 @@ def test_any_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     got = exact("js", p, q, 0.5)
     monkeypatch.undo()
     np.testing.assert_array_equal(got, exact("js", p[order], q[order], 0.5))
-
-
-def at_offsets(monkeypatch: pytest.MonkeyPatch, offsets: NDArray[np.int64]) -> None:
-    """Have kernels find rows at these offsets, in bytes."""
-    describe = running.describe
-
-    def described(*arguments: Any) -> Any:
-        rows = describe(*arguments)
-        rows["offsets"] = offsets.ctypes.data
-        return rows
-
-    monkeypatch.setattr(running, "describe", described)
 
 
 def test_only_marked_rows_in_one_column() -> None:

@@ -10,7 +10,8 @@ import pytest
 from distributions import Cases, cases, real_logits
 from measures import assert_right, tokens_of
 from numpy.typing import NDArray
-from twin import compiler, run_kernel, running
+from twin import compiler, run_kernel
+from twin.running import at_offsets
 
 from klfast import reference
 from klfast._operations import OPERATIONS
@@ -145,14 +146,7 @@ def test_rows_that_are_not_to_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
     p = np.random.default_rng(6).normal(size=(5, 200)).astype(np.float32)
     where = np.array([1, 0, 1, 1, 0], np.uint8)
     offsets = np.where(where, np.arange(5) * p.strides[0], 1 << 46)  # where nobody can read
-    describe = running.describe
-
-    def described(*arguments: Any) -> Any:
-        rows = describe(*arguments)
-        rows["offsets"] = offsets.ctypes.data
-        return rows
-
-    monkeypatch.setattr(running, "describe", described)
+    at_offsets(monkeypatch, offsets)
     for options in ({}, {"parts": 2, "state": 4}, {"defines": {"TEAM": 32}}):
         columns = single_pass("statistics", p, where=where, **options)
         assert np.array_equal(np.isnan(columns[:, :4]), np.repeat(where[:, None] == 0, 4, 1))

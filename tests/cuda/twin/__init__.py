@@ -25,7 +25,7 @@ bfloat16 is uint16. A seed, or KLFAST_TWIN_SEED, runs blocks and threads in anot
 All of klfast, with CuPy arrays whose memory is the host's::
 
     with installed() as cupy:
-        klfast.kl(cupy.asarray(p), cupy.asarray(q))
+        klfast.kl_divergence(cupy.asarray(p), cupy.asarray(q))
         print(cupy.launches)
 """
 
