@@ -98,6 +98,21 @@ def test_the_first_of_equal_tops_counts_together_too() -> None:
     assert klfast.compare(p, q)["same_top"].tolist() == [1, 0]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_tops_are_found_in_every_tile_together_too(dtype: str) -> None:
+    places = [0, 2047, 2048, 4095, 4100, 6143, 6144, 6149]
+    p = np.full((len(places), 6150), -1.0, dtype)
+    p[:, :2040] = -np.inf  # nothing of the first tile but its end
+    q = p.copy()
+    for row, place in enumerate(places):
+        p[row, place] = 2.0
+        q[row, place] = 3.0
+    other = np.roll(q, 1, axis=0)
+    assert (klfast.compare(p, q)["same_top"] == 1).all()
+    found = klfast.compare(p[2:], other[2:], ["kl", "tv", "same_top"])["same_top"]
+    assert (found == 0).all()
+
+
 def test_rows_that_only_float64_can_do_together_with_others(pair: Any) -> None:
     p, q = (each.copy() for each in pair)
     p[1, 7] = np.nan

@@ -168,11 +168,12 @@ def all_near(high, s):
 
 
 @functools.cache
-def normalization(dtype_p, dtype_q, difference, larger, near=False):
+def normalization(dtype_p, dtype_q, difference, larger, near=False, tops=False):
     """``first`` (the sums of a part of a row pair), ``merge`` of two parts, ``normalizers``.
 
     ``difference`` and ``larger`` are what ``subtraction`` and ``larger_power`` give; ``near`` says
-    whether near blocks take the near form, which does not subtract exactly.
+    whether near blocks take the near form, which does not subtract exactly.  With ``tops``,
+    ``first`` also gives where the largest entries are.
     """
     load_p, load_q = loader(dtype_p, f32v), loader(dtype_q, f32v)
     tail_p, tail_q = tail_loader(dtype_p, f32v), tail_loader(dtype_q, f32v)
@@ -284,19 +285,34 @@ def normalization(dtype_p, dtype_q, difference, larger, near=False):
         return hsum(S), hsum(D), hsum(H), hany(bad), close
 
     @inline
-    def first(x, y, start, stop, a):
-        """The sums of [start, stop) and their references; S is NaN where they cannot be had."""
+    def sums_and_tops(x, y, start, stop, a):
+        """The sums of [start, stop) and their references; S is NaN where they cannot be had.
+
+        And of each row the largest entry, and where the first tile that has it starts.
+        """
         state = (0.0, 0.0, 0.0, 0.0, 0.0)
+        top_x = -math.inf
+        top_y = top_x
+        tile_x = 0.0
+        tile_y = 0.0
         close = True
         j = start
         while j < stop:
             tile_stop = min(j + TILE, stop)
-            rx = -1024.0 * a * f64(max_p(x, j, tile_stop))
-            ry = -1024.0 * a * f64(max_q(y, j, tile_stop))
+            largest_x = f64(max_p(x, j, tile_stop))
+            largest_y = f64(max_q(y, j, tile_stop))
+            if largest_x > top_x:
+                top_x = largest_x
+                tile_x = f64(j)
+            if largest_y > top_y:
+                top_y = largest_y
+                tile_y = f64(j)
+            rx = -1024.0 * a * largest_x
+            ry = -1024.0 * a * largest_y
             # Beyond 2**19 the references are no longer exact in float32 (or not finite).
             if not (abs(rx) < 8388608.0 and abs(ry) < 8388608.0):
                 if not (j > start and rx > 0.0 and ry > 0.0):
-                    return 0.0, 0.0, math.nan, 0.0, 0.0
+                    return 0.0, 0.0, math.nan, 0.0, 0.0, top_x, tile_x, top_y, tile_y
                 # -inf all over: nothing to add, whatever the references.
                 rx = 1024.0 * state[0]
                 ry = 1024.0 * state[1]
@@ -311,10 +327,15 @@ def normalization(dtype_p, dtype_q, difference, larger, near=False):
                 x, y, j, tile_stop, f32(a), f32(rx), f32(ry), f32(ry - rx), close
             )
             if bad:
-                return rx, ry, math.nan, D, H
+                return rx, ry, math.nan, D, H, top_x, tile_x, top_y, tile_y
             state = (rx, ry, S + s, D + d, H + h)
             j = tile_stop
-        return state
+        rx, ry, S, D, H = state
+        return rx, ry, S, D, H, top_x, tile_x, top_y, tile_y
+
+    @inline
+    def only_sums(x, y, start, stop, a):
+        return sums_and_tops(x, y, start, stop, a)[:5]
 
     @inline
     def normalizers(state):
@@ -328,4 +349,4 @@ def normalization(dtype_p, dtype_q, difference, larger, near=False):
             ratio = math.log2(sx) - math.log2(sy)
         return rx - math.log2(sx), ry - math.log2(sy), (ry - rx) + ratio
 
-    return first, merge, normalizers
+    return (sums_and_tops if tops else only_sums), merge, normalizers

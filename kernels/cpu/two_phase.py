@@ -249,12 +249,13 @@ def build(operation, dtype_p, dtype_q, exactly):
     load_p, load_q = loader(dtype_p, f32v), loader(dtype_q, f32v)
     tail_p, tail_q = tail_loader(dtype_p, f32v), tail_loader(dtype_q, f32v)
     difference, larger = subtraction(exactly), larger_power(exactly)
-    first, merge, normalizers = normalization(dtype_p, dtype_q, difference, larger, near)
+    first, merge, normalizers = normalization(dtype_p, dtype_q, difference, larger, near, tops=True)
     measured, near_step, totals, near_totals = terms(tuple(names), difference, larger, exactly)
     rounded = rounding(exactly)
     size_p, size_q = ITEMSIZE[dtype_p], ITEMSIZE[dtype_q]
     differ = comparison(dtype_p, dtype_q)
-    first_top_p, first_top_q = first_top(dtype_p), first_top(dtype_q)
+    _, find_p = passes(dtype_p)
+    _, find_q = passes(dtype_q)
 
     @inline
     def changed(p, q, a, constants, sums, high):
@@ -409,8 +410,11 @@ def build(operation, dtype_p, dtype_q, exactly):
                         poke_i64(redo + 8 * (fetch_add(redo, 1) + 1), row)
                     continue
                 state = (0.0, 0.0, 0.0, 0.0, 0.0)
+                tops = (0.0, 0.0, 0.0, 0.0)
                 if phase != SECOND:
-                    state = first(x, y, start, stop, a)
+                    read = first(x, y, start, stop, a)
+                    state = read[:5]
+                    tops = read[5:]
                 if phase == FIRST:
                     for i in range(5):
                         poke_f64(at + 8 * i, state[i])
@@ -461,12 +465,15 @@ def build(operation, dtype_p, dtype_q, exactly):
                         poke_f64(at_out, math.nan)
                         unfinished = True
                     if top:
-                        mx, kx = first_top_p(x, width)
-                        my, ky = first_top_q(y, width)
-                        poke_f64(at_out + 8 * measures, mx * inverse_temperature)
-                        poke_f64(at_out + 8 * measures + 8, kx)
-                        poke_f64(at_out + 8 * measures + 16, my * inverse_temperature)
-                        poke_f64(at_out + 8 * measures + 24, ky)
+                        top_x, tile_x, top_y, tile_y = tops
+                        at_x = int(tile_x)
+                        at_y = int(tile_y)
+                        at_x = find_p(x, at_x, min(at_x + TILE, width), f32(top_x))
+                        at_y = find_q(y, at_y, min(at_y + TILE, width), f32(top_y))
+                        poke_f64(at_out + 8 * measures, top_x * inverse_temperature)
+                        poke_f64(at_out + 8 * measures + 8, at_x)
+                        poke_f64(at_out + 8 * measures + 16, top_y * inverse_temperature)
+                        poke_f64(at_out + 8 * measures + 24, at_y)
                 if unfinished:
                     poke_i64(redo + 8 * (fetch_add(redo, 1) + 1), row)
 
