@@ -334,13 +334,13 @@ def _entropic(
     With masses P and Q, p = P p' and q = Q q':  -sum p' log q' = log Q - (sum p log q)/P, and
     sum p' log p' = (sum p log p)/P - log P.  What is rounded is sum p log q, which is no more than
     cross-entropy and log Q together, sum p log p likewise, and log P and log Q, whose rounding is
-    as that of a number of 0.2.
+    as that of a number of 0.2. A cross-entropy that is more than log Q loses nothing by it.
     """
     mass, own = of_p
     product *= -1.0 / mass
     product += log_q
     if name == "cross_entropy":
-        return ~(product > trusted * (0.2 + np.abs(log_q)) / (1.0 - trusted))
+        return ~(product > trusted + np.abs(log_q))
     # values > trusted (cross-entropy + others), rearranged.
     least = product * trusted
     least += trusted * (0.2 + np.abs(log_p)) + trusted * np.abs(log_q)
