@@ -113,6 +113,26 @@ def test_large_logits_and_far_rows() -> None:
         )
 
 
+@pytest.mark.parametrize("metric", ["kl", "cross_entropy", "jeffreys", "renyi:0.5", "chi2"])
+@pytest.mark.parametrize("start", [-np.inf, -1e4, -25.0, 25.0], ids=lambda start: f"{start:g}")
+def test_the_first_entries_may_say_nothing_of_the_row(metric: str, start: float) -> None:
+    width = _pairwise.SAMPLE + 600
+    p, q = (logits(6, width, seed).astype(np.float32) for seed in (12, 13))
+    p[1:4, : _pairwise.SAMPLE] += start
+    q[2:5, : _pairwise.SAMPLE] += start
+    q[0] = p[0] + np.float32(0.3) * logits(1, width, 14)[0].astype(np.float32)
+    np.testing.assert_allclose(klfast.pairwise(p, q, metric), one_by_one(p, q, metric), rtol=1e-5)
+
+
+def test_sure_rows_that_differ_little() -> None:
+    p, q = (logits(6, 1100, seed, 0.5).astype(np.float32) for seed in (15, 16))
+    p[:, 700] = q[:, 700] = np.linspace(8.0, 20.0, 6)  # all but one entry are improbable
+    for metric in ("kl", "cross_entropy", "jeffreys"):
+        np.testing.assert_allclose(
+            klfast.pairwise(p, q, metric), one_by_one(p, q, metric), rtol=1e-5
+        )
+
+
 def test_strided_rows_are_read_in_place() -> None:
     p = np.asfortranarray(logits(12, 90).astype(np.float32))[::2, ::3]
     for metric in ("kl", "tv"):

@@ -27,7 +27,6 @@ from .simd import (
     lane_is,
     loader,
     poke_f64,
-    prefetch,
     scratch,
     splat32,
     store,
@@ -35,9 +34,6 @@ from .simd import (
     transpose,
     where,
 )
-
-#: How far ahead to ask for entries of a row, in bytes.
-AHEAD = 1024
 
 square = scratch(4 * LANES32 * LANES32)
 turned = scratch(4 * LANES32 * LANES32)
@@ -53,7 +49,6 @@ def build(dtype, kind):
         """Write the next n entries of 16 rows to ``columns``, those of an index in a vector."""
         for i in range(LANES32):
             at = x + min(i, rows - 1) * x_stride
-            prefetch(at + AHEAD)
             if n == LANES32:
                 store(area + 4 * LANES32 * i, load(at))
             else:
