@@ -320,7 +320,7 @@ def jensen_shannon(t, change, p, q, mix):
         of_smaller = where(above, splat32w(w), splat32w(v))
         mixed = fma(of_smaller, -h, 1.0)
         larger = -log_ratio_32(mixed, splat32w(1.0), of_smaller * h)
-        smaller = larger - vabs(tau)
+        smaller = log_ratio_32(rest, mixed, of_larger * h)
         far_p, far_q = where(above, smaller, larger), where(above, larger, smaller)
         term = where(apart, fma(p * w, far_p, q * v * far_q), term)
         b_p, b_q = where(apart, far_p + shift_p, b_p), where(apart, far_q + shift_q, b_q)
@@ -442,8 +442,8 @@ def summed(operation, sides, dtype_p, dtype_q):
         return s, 0.0
 
     @inline
-    def spread(sums):
-        return tv or sums[1] - sums[0] * sums[0] > SPREAD * sums[0] * sums[0]
+    def spread(sums, least):
+        return tv or sums[1] - sums[0] * sums[0] > least * sums[0] * sums[0]
 
     @inline
     def second(x, y, at_p, at_q, width, a, constants, value, other, alpha, mix, scale_p, scale_q):
@@ -454,7 +454,10 @@ def summed(operation, sides, dtype_p, dtype_q):
         of_q = (0.0, 0.0)
         w, coefficients = mix
         far = value > APART  # a guess
-        for attempt in range(3):
+        # Of rows that are apart, a few entries may make up all of the mean square.
+        wide = 10.0 * SPREAD if far else SPREAD
+        turned = False
+        for _attempt in range(4):
             shift_p = math.log(w) if far else 0.0
             shift_q = math.log1p(-w) if far else 0.0
             mixed = (f32(w), f32(1.0 - w), far, f32(shift_p), f32(shift_q), coefficients)
@@ -468,9 +471,10 @@ def summed(operation, sides, dtype_p, dtype_q):
                 of_p = shares(sums_p)
             if to_q:
                 of_q = shares(sums_q)
-            clear = (not to_p or spread(sums_p)) and (not to_q or spread(sums_q))
-            if js and not clear and attempt == 0:
+            clear = (not to_p or spread(sums_p, wide)) and (not to_q or spread(sums_q, wide))
+            if js and not clear and not turned:
                 far = not far
+                turned = True
                 continue
             usable = UNDERFLOW <= value and not tie and clear
             return (value if usable else math.nan), of_p, of_q
@@ -597,7 +601,8 @@ def build(operation, sides, dtype_p, dtype_q, dtype_into_p, dtype_into_q):
                     S = math.exp(beta * value)
                     scale_p *= S
                     scale_q *= S
-                usable = close and UNDERFLOW <= value < math.inf
+                # Constants that are not as exact as the value are found out by ``balanced``.
+                usable = (close or not summing) and UNDERFLOW <= value < math.inf
                 usable = usable and (not jeffreys or back >= UNDERFLOW)
                 if usable and abs(scale_p) < LARGEST and abs(scale_q) < LARGEST:
                     if exchanged:
