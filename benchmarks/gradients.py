@@ -29,7 +29,7 @@ from klfast._peers import PEERS
 from klfast._report import grid
 
 HERE = Path(__file__).resolve().parent
-MEASURES = ("kl", "reverse_kl", "js", "renyi:2", "tv", "hellinger2")
+MEASURES = ("kl", "reverse_kl", "jeffreys", "js", "renyi:2", "tv", "hellinger2")
 SHAPE = (512, 131072)
 LINEAR = (1024, 1024, 131072)  # tokens, width of the hidden states, vocabulary
 

@@ -24,7 +24,6 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -87,8 +86,6 @@ FAR = 0.02
 _LOG2_E = math.log2(math.e)
 _LN_2 = math.log(2.0)
 _FARTHEST = 8192.0
-#: Nats, times an order above 1, from which on gradients are left to the reference.
-_DISTANT = 400.0
 _DTYPE_CODE = {"float16": 0, "bfloat16": 1, "float32": 2, "float64": 3}
 #: The parameters of each kernel, as native.kernel wants them.
 _SIGNATURE = {
@@ -96,8 +93,8 @@ _SIGNATURE = {
     "two_phase": "q" * 20 + "d",
     "single_pass": "q" * 18 + "d",
     "exact": "q" * 19 + "d" * 3,
-    "fused_gradients": "q" * 22 + "d" * 3,
-    "gradients": "q" * 21 + "d" * 3,
+    "fused_gradients": "q" * 23 + "d" * 3,
+    "exact_gradients": "q" * 28 + "d" * 5,
     "top_k": "q" * 18,
     "floors": "q" * 12,
     "widen": "q" * 8,
@@ -692,54 +689,41 @@ def log_softmax(x: Rows, rows: Numbers | None, out: Rows) -> None:
 
 
 class Tilt(NamedTuple):
-    """How a gradient follows from those that the kernel ``gradients`` knows.
+    """How a gradient follows from those that the kernels know, of the rows as they are given.
 
-    ``operation`` of the rows (exchanged if ``swapped``), with the order or weight that it takes
-    (of Renyi, a weight of 1 says that the factors hold S), and the factors of the gradients with
-    respect to P and Q; where the factors hold S, ``power`` makes of the values of rows the Renyi
-    divergence, and S.
+    ``operation`` of its step, the factors of the gradients with respect to P and Q, and whether
+    they have S as a further one; whether float32 carries it, for ordinary rows.
     """
 
     operation: str
-    swapped: bool = False
-    alpha: float = 1.0
-    weight: float = 0.5
     factors: tuple[float, float] = (1.0, 1.0)
-    power: Callable[[Values], tuple[Values, Values]] | None = None
+    powers: bool = False
+    fused: bool = True
 
 
-def _tilt(name: str, parameters: tuple[float, ...]) -> Tilt | None:
-    """None where only the reference knows the gradient."""
+def _tilt(name: str, parameters: tuple[float, ...]) -> Tilt:
     (parameter,) = parameters or (1.0,)
-    if name == "reverse_kl" or (name in ("alpha", "tsallis") and parameter == 0.0):
-        return Tilt("kl", swapped=True) if name != "tsallis" else None
-    if name in ("kl", "jeffreys", "tv", "cross_entropy"):
-        return Tilt(name)
-    if name == "entropy":  # cross-entropy with itself
-        return Tilt("cross_entropy")
+    operation = _gradient_plan(name, parameters).steps[0].operation
     if name == "js":
-        # Where one weight is next to nothing, float32 loses what it multiplies in far rows.
         w = parameter
-        return Tilt("js", weight=w, factors=(w, 1.0 - w)) if 1e-3 <= w <= 1.0 - 1e-3 else None
-    if parameter == 1.0 and name in ("renyi", "alpha", "tsallis"):
-        return Tilt("kl")
+        if operation != "js":  # there is nothing to mix
+            return Tilt(operation, factors=(0.0, 0.0), fused=False)
+        # Where one weight is next to nothing, float32 loses what it multiplies in far rows.
+        return Tilt("js", factors=(w, 1.0 - w), fused=1e-3 <= w <= 1.0 - 1e-3)
+    if operation not in ("renyi", "renyi_0", "renyi_inf"):
+        return Tilt(operation)
     alpha = {"chi2": 2.0, "hellinger2": 0.5}.get(name, parameter)
-    if not 0.01 < alpha <= 16.0:
-        return None
+    fused = 0.01 < alpha <= 16.0
     beta = alpha - 1.0
-
-    # Derivatives of log(S)/beta are alpha/beta (r - p) and q - r; S has S beta times those.
     if name == "renyi":
-        return Tilt("renyi", alpha=alpha, weight=0.0, factors=(alpha / beta, 1.0))
-    # S - 1 over the value.
+        # Derivatives of log(S)/beta are alpha/beta (r - p) and q - r.
+        ratio = 1.0 if alpha == math.inf else alpha / beta
+        return Tilt(operation, factors=(ratio, 1.0), fused=fused)
+    if operation != "renyi":  # of order 0, or infinite
+        return Tilt(operation, factors=(0.0, 0.0), fused=False)
+    # S has S beta times those; S - 1 over the value.
     scale = {"alpha": alpha * beta, "tsallis": beta, "chi2": 1.0, "hellinger2": -1.0}[name]
-
-    def power(value: Values) -> tuple[Values, Values]:
-        excess = scale * value
-        return np.log1p(excess) / beta, 1.0 + excess
-
-    factors = (alpha / scale, beta / scale)
-    return Tilt("renyi", alpha=alpha, weight=1.0, factors=factors, power=power)
+    return Tilt(operation, factors=(alpha / scale, beta / scale), powers=True, fused=fused)
 
 
 def gradient(
@@ -755,52 +739,36 @@ def gradient(
 ) -> None:
     """Write values, and gradients with respect to the logits times ``scale``, one a row.
 
-    One kernel does ordinary rows.  Of those that it leaves each thread takes a few, computes their
-    values and then, from its cache, their gradients; what the float32 kernels do not take is left
-    to the reference.
+    One kernel does ordinary rows; another in float64 those that it leaves, and any others.
     """
     other = p if q is None else q
     tilt = _tilt(name, parameters)
-    targets = [into for into in (into_p, into_q) if into is not None]
+    plan = _gradient_plan(name, parameters)
     numbers = np.arange(p.count) if rows is None else rows
-    plan = plan_of(name, parameters)
-    run: Callable[[Numbers], Numbers | None] | None = None
-    if (
-        tilt is not None
-        and _is_fast(p, other)
-        and all(into.stride == FLOATS[into.dtype] and into.dtype != "float64" for into in targets)
-    ):
-        fused = None if q is None else _fused_plan(name, plan)
-        if fused is not None:
-            numbers = _fused_gradient(tilt, fused, p, other, numbers, out, scale, into_p, into_q)
-        if len(numbers):
-            run = _fast_gradient(tilt, plan, p, other, out, scale, into_p, into_q)
-
-    row_bytes = p.width * (FLOATS[p.dtype] + FLOATS[other.dtype])
-    at_a_time = max(1, CACHE_BLOCK // row_bytes)
-    blocks = iter([numbers[i : i + at_a_time] for i in range(0, len(numbers), at_a_time)])
-    left: list[Numbers] = []
-
-    def work() -> None:
-        with np.errstate(all="ignore"):
-            for block in blocks:
-                unfinished = block if run is None else run(block)
-                if unfinished is not None:
-                    left.append(unfinished)
-
-    threads.run(work, min(get_num_threads(), -(-len(numbers) // at_a_time)))
-    for block in left:
-        reference = import_module("klfast._reference_backend")
-        reference.gradient(name, p, q, parameters, block, out, scale, into_p, into_q)
+    if tilt.fused and _is_fused(plan.steps[0], p, other, into_p, into_q):
+        numbers = _fused_gradient(tilt, plan, p, other, numbers, out, scale, into_p, into_q)
+    if len(numbers):
+        _exact_gradient(tilt, plan, p, other, numbers, out, scale, into_p, into_q)
 
 
-def _fused_plan(name: str, plan: Plan) -> Plan | None:
-    """How the kernel ``fused_gradients`` gets the value; None where it does not know how."""
+def _is_fused(step: Step, p: Rows, q: Rows, *targets: Rows | None) -> bool:
+    """Whether ``fused_gradients`` knows the operation, and reads and writes such rows."""
+    known = step.module == "one_pass" or step.operation in ("js", "tv", "jeffreys")
+    narrow = all(
+        into.stride == FLOATS[into.dtype] and into.dtype != "float64"
+        for into in targets
+        if into is not None
+    )
+    return known and narrow and _is_fast(p, q)
+
+
+def _gradient_plan(name: str, parameters: tuple[float, ...]) -> Plan:
+    """How a value comes from what the kernels of gradients know of a row."""
     if name == "hellinger2":  # 1 - S, of order 1/2
         return Plan((Step("one_pass", "renyi", "pq", -0.5, 40.0),), Finish.POWER, (-0.5, 1.0, 0.5))
-    step = plan.steps[0]
-    of_masses = step.module == "two_phase" and step.operation == name and name in ("js", "tv")
-    return plan if of_masses or step.module == "one_pass" else None
+    if name == "entropy":  # cross-entropy with itself
+        return plan_of("cross_entropy", ())
+    return plan_of(name, parameters)
 
 
 def _fused_gradient(
@@ -840,6 +808,7 @@ def _fused_gradient(
     workers = min(get_num_threads(), n, max(1, 2 * n * width // WORTH_A_THREAD))
     # A row for each thread and side, of whole vectors.
     spare = np.empty((workers, len(letters), -(-width // 32) * 32), np.float32) if staged else None
+    polynomial = _address(_mixture(step.parameter)) if step.operation == "js" else 0
     space = np.zeros(n + 3, np.int64)
     counter = _address(space)
     chunk = max(1, min(4, n // (4 * workers)))
@@ -850,8 +819,8 @@ def _fused_gradient(
     arguments = (
         *_place(first), *_place(second), width, _address(rows), n, counter, chunk, counter + 16,
         _address(values), _address(scales), _address(spare), *_place(targets[0]),
-        *_place(targets[1]), int(tilt.power is not None), 1.0 / p.temperature, step.parameter,
-        step.limit,
+        *_place(targets[1]), int(tilt.powers), polynomial, 1.0 / p.temperature,
+        step.parameter, step.limit,
     )  # fmt: skip
     threads.run(functools.partial(function, *arguments), workers)
     left = np.sort(space[3 : 3 + space[2]])
@@ -861,69 +830,61 @@ def _fused_gradient(
     return left
 
 
-def _fast_gradient(
+@functools.cache
+def _mixture(weight: float) -> Values:
+    """The polynomial of ``jensen_shannon`` in fused_gradients, from its values at Chebyshev nodes.
+
+    With the singularities of log(w + v exp(tau)) at imaginary parts of pi, 12 coefficients are good
+    for 2e-9.
+    """
+    other = 1.0 - weight
+
+    chebyshev = np.polynomial.chebyshev
+    nodes = chebyshev.chebpts1(12)
+    tau = _LN_2 * 2.0 * nodes
+    quotients = (np.log1p(other * np.expm1(tau)) - other * tau) / (2.0 * nodes) ** 2
+    coefficients = chebyshev.cheb2poly(chebyshev.chebfit(nodes, quotients, 11))
+    return np.asarray(coefficients * 0.5 ** np.arange(12), np.float64)
+
+
+def _exact_gradient(
     tilt: Tilt,
     plan: Plan,
     p: Rows,
     q: Rows,
+    rows: Numbers,
     out: Values,
     scale: Values,
     into_p: Rows | None,
     into_q: Rows | None,
-) -> Callable[[Numbers], Numbers | None]:
-    """A function that does some rows, and returns those that it leaves to the reference.
-
-    All that is the same for every block of rows is done here: a block may be two rows, and takes
-    the kernels a tenth of a millisecond.
-    """
-    # What the kernels leave of each row for its gradient: the constants of log2 p, log2 q and
-    # log2(q/p), NaN where they do not; a value; and the factors of both sides.
-    constants = np.full((p.count, 3), np.nan)
-    known = out if tilt.power is None else np.empty(p.count)
-    factors = tilt.factors[::-1] if tilt.swapped else tilt.factors
-    scales = scale[:, None] * factors
-    spaces = [out if plan.finish is Finish.SAME else _empty(step, p.count) for step in plan.steps]
-    exchanged = (plan.steps[0].rows == "qp") != tilt.swapped
-    sides = [(p, into_p), (q, into_q)]
-    if tilt.swapped:
+) -> None:
+    """Do any rows whatever, in float64."""
+    (step,) = plan.steps
+    values = out if plan.finish is Finish.SAME else np.empty(p.count)
+    sides, factors = [(p, into_p), (q, into_q)], tilt.factors
+    if step.rows == "qp":
         sides.reverse()
-    (first, into_first), (second, into_second) = sides
-    letters = "p" * (into_first is not None) + "q" * (into_second is not None)
-    some = into_first or into_second
-    assert some is not None
-    targets = (into_first or some, into_second or some)
-    function = _kernel(
-        "gradients", tilt.operation, letters, first.dtype, second.dtype,
-        *(target.dtype for target in targets),
+        sign = -1.0 if tilt.operation == "renyi" else 1.0
+        factors = (sign * factors[1], sign * factors[0])
+    beta = -1.0 if step.operation == "renyi_0" else step.parameter
+    space = np.zeros(1, np.int64)
+    scale = np.ascontiguousarray(scale)
+    arguments = (
+        *(number for rows_of, _ in sides for number in _strided(rows_of)), p.width, _address(rows),
+        len(rows), _address(space), 1, _address(values), _address(scale),
+        *(number for _, into in sides for number in _strided(into)), int(tilt.powers),
+        *(1.0 / rows_of.temperature for rows_of, _ in sides), beta, *factors,
     )  # fmt: skip
-    lead = (*_place(first), *_place(second), p.width)
-    tail = (
-        _address(known), _address(scales), _address(constants), *_place(targets[0]),
-        *_place(targets[1]), 1.0 / p.temperature, tilt.alpha, tilt.weight,
-    )  # fmt: skip
+    _launch(_kernel("exact_gradients", step.operation), arguments, 8 * len(rows) * p.width, False)
+    if plan.finish is not Finish.SAME:
+        out[rows] = _finish(plan, [values[rows]])
 
-    def run(block: Numbers) -> Numbers | None:
-        for step, space in zip(plan.steps, spaces, strict=True):
-            _step(step, p, q, block, space, None, alone=True, known=constants)
-        if spaces[0] is not out:
-            out[block] = _finish(plan, [space[block] for space in spaces])
-        if tilt.power is not None:
-            known[block], multiple = tilt.power(out[block])
-            kept = (scale[block] != 0.0)[:, None]  # 0 times infinity is 0 here
-            scales[block] = np.where(kept, scales[block] * multiple[:, None], 0.0)
-        # Float32 rounds exponents in hundreds by more than such a gradient can bear.
-        distance = known[block] * max(1.0, tilt.alpha)
-        distant = (distance > _DISTANT) & (distance < math.inf)
-        block, left = block[~distant], block[distant]
-        if exchanged:
-            constants[block] = constants[block][:, (1, 0, 2)] * (1.0, 1.0, -1.0)
-        space = np.zeros(len(block) + 2, np.int64)
-        counter = _address(space)
-        function(*lead, _address(block), len(block), counter, len(block), counter + 8, *tail)
-        left = np.sort(np.concatenate([left, space[2 : 2 + space[1]]]))
-        return left if len(left) else None
 
-    return run
+def _strided(rows: Rows | None) -> tuple[int, int, int, int, int]:
+    """How the float64 kernels find entries; zeros where there are none."""
+    if rows is None:
+        return 0, 0, 0, 0, 0
+    return *_place(rows), rows.stride, _DTYPE_CODE[rows.dtype]
 
 
 def explain(name: str, p: Rows, q: Rows | None) -> dict[str, object]:

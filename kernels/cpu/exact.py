@@ -442,7 +442,7 @@ def terms(x, y, t, j, sums):
     return exp_64(log_p), exp_64(log_q), d, log_p, log_q
 
 
-@inline
+@outline
 def tops(x, y, xp, yq, width, how):
     """Maxima with their indices, whether rows are valid, and which lack what the other has."""
     p_step, p_dtype, q_step, q_dtype, probabilities, ip, iq = how
@@ -478,7 +478,7 @@ def tops(x, y, xp, yq, width, how):
     return mx, my, top_x, top_y, valid, no_q, no_p
 
 
-@inline
+@outline
 def log_sums(x, y, t, xp, yq, width, how, found, wx, wy):
     """Logarithms of the normalizers, relative to the maxima, and that of their ratio.
 
@@ -536,7 +536,7 @@ def log_sums(x, y, t, xp, yq, width, how, found, wx, wy):
 
 @functools.cache
 def summation(operation):
-    """An inlined ``total``: the value of a pair, once its normalizers are known."""
+    """``total``: the value of a pair, once its normalizers are known."""
     integrand = SUMS[operation]
     ceiling = CEILING.get(operation, math.inf)
     order = operation == "renyi"
@@ -545,7 +545,7 @@ def summation(operation):
     largest_only = operation == "renyi_inf"
     support = operation == "renyi_0"
 
-    @inline
+    @outline
     def total(x, y, t, xp, yq, width, how, found, sums, parameter):
         p_step, p_dtype, q_step, q_dtype, probabilities, ip, iq = how
         mx, my, wx, wy = found

@@ -1,18 +1,18 @@
 """Values and gradients of ordinary rows in one go: read from memory once, then from cache.
 
-Formulas stand in ``gradients``; here is what remains of them where nothing needs care.  Rows that
-do (that are far apart, are masked in one only, or whose gradient is hardly more than rounding) are
-listed, before anything is written into the logits' own memory, and left to the kernels of their
-values and to ``gradients``.
+Formulas stand in ``exact_gradients``; here is what remains of them where nothing needs care.  Rows
+that do (that are too far apart, are masked in one only, or whose gradient is hardly more than
+rounding) are listed, before anything is written into the logits' own memory, and left to that.
 
 The first pass is that of ``one_pass``: it leaves the constants of u = log2 p, v = log2 q and
 t = v - u, and a value.  A gradient whose mean is known then is written by the second one, as
 
     own (2**e - 1)    q - p = p (2**t - 1), and r - p and r - q of a tilted distribution r,  or
-    own e             p (log2(q/p) + mean) and p (log2 q + mean).
+    own e             p (log2(q/p) + mean) and p (log2 q + mean);
 
-The entries add up to 0.  What they add up to instead is how far e is off: it is compared with the
-largest of them, and where it shows, e is corrected and they are written once more.
+that of Jeffreys is one of either kind together.  The entries add up to 0.  What they add up to
+instead is how far e is off: it is compared with the largest of them, and where it shows, e is
+corrected and they are written once more.
 
 The means of total variation and Jensen-Shannon are sums over the second pass.  It leaves own b
 (of own (b - W)) in the place of the gradient, and the third pass subtracts own W.  Exchanging P and
@@ -30,15 +30,15 @@ from __future__ import annotations
 import functools
 import math
 
-from .gradients import LARGEST
 from .mathematics import (
     LN_2,
     LOG2_E,
     exp2_32,
+    exp2_and_rest_32,
     exp2_minus_one_32,
     exp2_near_0,
     inline,
-    log1p_32,
+    log_ratio_32,
     outline,
 )
 from .normalization import FAR, exact_subtraction
@@ -71,11 +71,19 @@ from .simd import (
     tail_loader,
     vabs,
     vmax,
+    vmin,
     where,
 )
 
-#: Operations whose means are sums over the second pass.  Both are symmetric.
+#: Operations whose means are sums over the second pass.
 TWO_SUMS = ("js", "tv")
+
+#: Coefficients of Jensen-Shannon's polynomial, which depend on its weight, and where it holds.
+COEFFICIENTS = 12
+NEAR = 2.0
+
+#: Gradients that are multiples of more than this are left to float64.
+LARGEST = 1e30
 
 #: A sum of entries that is no more than this, beside the largest of them, times the largest
 #: probability.
@@ -84,6 +92,8 @@ BALANCE = 2e-6
 CARRIED = 24.0
 #: Where the largest entry is smaller, others may have been lost because p underflows.
 SMALLEST = 1e-14
+#: From where on (of the divergence of Q from P) brackets of Jensen-Shannon are shifted first.
+APART = 2.0
 #: What t is at most where p = q, beside the square root of KL: what c is off.
 TIE = 6e-8
 #: Mean squares about the mean, beside the square of the mean: where there is less, the gradient
@@ -107,6 +117,7 @@ def balanced(operation, sides, dtype_p, dtype_q):
     to_p, to_q = "p" in sides, "q" in sides
     renyi = operation == "renyi"
     cross = operation == "cross_entropy"
+    jeffreys = operation == "jeffreys"
 
     @inline
     def vector(own, d, lost, a, of, sums, tilted):
@@ -122,7 +133,37 @@ def balanced(operation, sides, dtype_p, dtype_q):
         return g * scale, (s + g, vmax(vabs(g), largest), vmax(mass, top))
 
     @inline
-    def both(p, q, a, of_p, of_q, sums_p, sums_q):
+    def summed_up(own, e, change, scale, sums):
+        """As ``vector``, of own e + change."""
+        s, largest, top = sums
+        g = fma(own, vmax(e, -1e30), change)
+        return g * scale, (s + g, vmax(vabs(g), largest), vmax(own, top))
+
+    @inline
+    def both_ways(p, q, a, of_p, of_q, common, sums_p, sums_q):
+        """``both`` of Jeffreys: p (t + mean) + (q - p)/log 2, and q (mean - t) - (q - p)/log 2.
+
+        The difference is a multiple of p even for q: where p underflows, q is next to nothing too.
+        """
+        kx1, ky1, c0, c1 = common
+        d, lost = exact_subtraction(p, q)
+        t = vmax(fma(d, a, c0) + fma(lost, a, c1), -FAR)
+        mass = exp2_32(fma(p, a, of_p[0]) + kx1)
+        change = mass * exp2_minus_one_32(t) * LOG2_E
+        g, h = d, d
+        if to_p:
+            e = fma(d, a, of_p[1]) + fma(lost, a, of_p[2])
+            g, sums_p = summed_up(mass, e, change, of_p[4], sums_p)
+        if to_q:
+            e = -(fma(d, a, of_q[1]) + fma(lost, a, of_q[2]))
+            own = exp2_32(fma(q, a, of_q[0]) + ky1)
+            h, sums_q = summed_up(own, e, -change, of_q[4], sums_q)
+        return g, h, sums_p, sums_q
+
+    @inline
+    def both(p, q, a, of_p, of_q, common, sums_p, sums_q):
+        if jeffreys:
+            return both_ways(p, q, a, of_p, of_q, common, sums_p, sums_q)
         d, lost = exact_subtraction(p, q)
         g, h = d, d
         if to_p:
@@ -135,7 +176,7 @@ def balanced(operation, sides, dtype_p, dtype_q):
         return g, h, sums_p, sums_q
 
     @inline
-    def write(x, y, at_p, at_q, width, a, of_p, of_q):
+    def write(x, y, at_p, at_q, width, a, of_p, of_q, common):
         zero = splat32w(0.0)
         total_p = splat64(0.0)
         total_q = total_p
@@ -151,7 +192,7 @@ def balanced(operation, sides, dtype_p, dtype_q):
                 ask_ahead(x, j, size_p)
                 ask_ahead(y, j, size_q)
                 p, q = load_p(x + j * size_p), load_q(y + j * size_q)
-                g, h, sums_p, sums_q = both(p, q, a, of_p, of_q, sums_p, sums_q)
+                g, h, sums_p, sums_q = both(p, q, a, of_p, of_q, common, sums_p, sums_q)
                 if to_p:
                     store(at_p + 4 * j, g)
                 if to_q:
@@ -159,7 +200,7 @@ def balanced(operation, sides, dtype_p, dtype_q):
                 j += LANES32W
             if full == j < width:
                 p, q = tail_p(x + j * size_p, width - j), tail_q(y + j * size_q, width - j)
-                g, h, sums_p, sums_q = both(p, q, a, of_p, of_q, sums_p, sums_q)
+                g, h, sums_p, sums_q = both(p, q, a, of_p, of_q, common, sums_p, sums_q)
                 if to_p:
                     store_tail(at_p + 4 * j, g, width - j)
                 if to_q:
@@ -178,8 +219,11 @@ def balanced(operation, sides, dtype_p, dtype_q):
         return sound and abs(total) * top <= BALANCE * largest, sound
 
     @inline
-    def second(x, y, at_p, at_q, width, a, constants, value, alpha, scale_p, scale_q):
-        """Write the gradients; gives the value again, NaN where they are not right."""
+    def second(x, y, at_p, at_q, width, a, constants, value, other, alpha, mix, scale_p, scale_q):
+        """Write the gradients; gives the value again, NaN where they are not right.
+
+        ``other`` is the divergence of P from Q, of Jeffreys.
+        """
         kx, ky, c = constants
         mean = value * LOG2_E  # of Renyi, what makes r a distribution
         shift_p = (ky if cross else c) + mean
@@ -191,17 +235,25 @@ def balanced(operation, sides, dtype_p, dtype_q):
             factor_q = -alpha
             scale_q = -scale_q
             kq = ky
+        elif jeffreys:
+            shift_q -= other * LOG2_E
+            value += other
+            scale_p *= -LN_2
+            scale_q *= -LN_2
+            kq = ky
         else:
             scale_p *= -LN_2
             kq = kx
-        # What float32 does not hold of the probabilities' exponents.
-        scale_p *= exp2_near_0(kx - f64(f32(kx)))
-        scale_q *= exp2_near_0(kq - f64(f32(kq)))
+        common = (halves(kx)[1], halves(kq)[1], *halves(c))
+        if not jeffreys:
+            # What float32 does not hold of the probabilities' exponents.
+            scale_p *= exp2_near_0(kx - f64(f32(kx)))
+            scale_q *= exp2_near_0(kq - f64(f32(kq)))
         none = (1.0, 1.0)
         for _attempt in range(3):
             of_p = (f32(kx), *halves(shift_p), f32(factor_p), f32(scale_p))
             of_q = (f32(kq), *halves(shift_q), f32(factor_q), f32(scale_q))
-            found_p, found_q = write(x, y, at_p, at_q, width, f32(a), of_p, of_q)
+            found_p, found_q = write(x, y, at_p, at_q, width, f32(a), of_p, of_q, common)
             right = True
             if to_p:
                 right, sound = verdict(found_p)
@@ -215,7 +267,10 @@ def balanced(operation, sides, dtype_p, dtype_q):
                 fits, sound = verdict(found_q)
                 if not sound:
                     return math.nan, none, none
-                shift_q -= math.log1p(found_q[0]) * LOG2_E / factor_q
+                if jeffreys:
+                    shift_q += found_q[0]
+                else:
+                    shift_q -= math.log1p(found_q[0]) * LOG2_E / factor_q
                 right = right and fits
             if right:
                 return value, none, none
@@ -225,32 +280,65 @@ def balanced(operation, sides, dtype_p, dtype_q):
 
 
 @inline
-def jensen_shannon(t, change, p, q):
-    """(p log(p/m) + q log(q/m))/2 and these logarithms; change is q - p, m the mean of both.
+def jensen_shannon(t, change, p, q, mix):
+    """w p log(p/m) + v q log(q/m) and the brackets of both, these logarithms plus a constant.
 
-    log(q/m) is t/2 - log cosh(t/2), and log(p/m) -t/2 - log cosh(t/2): the term is
-    [(q - p) t/2 - (p + q) log cosh(t/2)]/2, of which the second part is half the first where t is
-    small.  Where t is not, log cosh(t/2) = tau/2 - log 2 + log1p(exp(-tau)).
+    m = w p + v q with v = 1 - w; change is q - p, tau = log(q/p).  With k = log(m/p) - v tau >= 0,
+    of second order in tau, log(p/m) is -v tau - k, log(q/m) is w tau - k, and the term
+
+        w v tau (q - p) - m k,
+
+    of which the second part is half the first where tau is small.  k/t**2 is a polynomial in t,
+    the base 2 logarithm, to abs(t) = NEAR.  Beyond it, the logarithm of m over the larger of both
+    is taken.
+
+    Rows that are far apart have brackets near -log w, and -log v: that is then taken off before
+    anything is rounded.
     """
-    z = t * t
-    k = fma(z, -1.3893793893160478e-09, 5.131991542839387e-08)  # 7e-9, to abs(t) = 2
-    k = fma(k, z, -1.3975447927805362e-06)
-    k = fma(k, z, 3.85028324672021e-05)
-    k = fma(k, z, -0.0012022641021758318)
-    k = fma(k, z, 0.06005662679672241) * z
-    half = t * (0.5 * LN_2)
-    term = fma(change, half, -(p + q) * k) * 0.5
-    log_p, log_q = -half - k, half - k
-    apart = vabs(t) > 2.0
+    w, v, far, shift_p, shift_q, coefficients = mix
+    k = fma(t, coefficients[11], coefficients[10])
+    k = fma(k, t, coefficients[9])
+    k = fma(k, t, coefficients[8])
+    k = fma(k, t, coefficients[7])
+    k = fma(k, t, coefficients[6])
+    k = fma(k, t, coefficients[5])
+    k = fma(k, t, coefficients[4])
+    k = fma(k, t, coefficients[3])
+    k = fma(k, t, coefficients[2])
+    k = fma(k, t, coefficients[1])
+    k = fma(k, t, coefficients[0])
+    k = k * (t * t)
+    tau = t * LN_2
+    log_p, log_q = fma(tau, -v, -k), fma(tau, w, -k)
+    term = fma(change * (w * v), tau, -fma(p, w, q * v) * k)
+    b_p, b_q = log_p + shift_p, log_q + shift_q
+    apart = vabs(t) > NEAR
     if hany(apart):
-        tau = vabs(t)
-        larger = LN_2 - log1p_32(exp2_32(-tau))
-        smaller = fma(tau, -LN_2, larger)
         above = t > 0.0
+        rest, h = exp2_and_rest_32(vmin(vabs(t), FAR))  # the smaller over the larger
+        of_larger = where(above, splat32w(v), splat32w(w))
+        of_smaller = where(above, splat32w(w), splat32w(v))
+        mixed = fma(of_smaller, -h, 1.0)
+        larger = -log_ratio_32(mixed, splat32w(1.0), of_smaller * h)
+        smaller = log_ratio_32(rest, mixed, of_larger * h)
         far_p, far_q = where(above, smaller, larger), where(above, larger, smaller)
-        log_p, log_q = where(apart, far_p, log_p), where(apart, far_q, log_q)
-        term = where(apart, fma(p, far_p, q * far_q) * 0.5, term)
-    return term, log_p, log_q
+        term = where(apart, fma(p * w, far_p, q * v * far_q), term)
+        b_p, b_q = where(apart, far_p + shift_p, b_p), where(apart, far_q + shift_q, b_q)
+        if far:
+            share = log_ratio_32(of_larger, mixed, of_smaller * rest)
+            b_p, b_q = where(apart & ~above, share, b_p), where(apart & above, share, b_q)
+    return term, b_p, b_q
+
+
+@inline
+def mixture(at):
+    """The coefficients of k/t**2 in memory, as float32 numbers."""
+    return (
+        f32(peek_f64(at)), f32(peek_f64(at + 8)), f32(peek_f64(at + 16)), f32(peek_f64(at + 24)),
+        f32(peek_f64(at + 32)), f32(peek_f64(at + 40)), f32(peek_f64(at + 48)),
+        f32(peek_f64(at + 56)), f32(peek_f64(at + 64)), f32(peek_f64(at + 72)),
+        f32(peek_f64(at + 80)), f32(peek_f64(at + 88)),
+    )  # fmt: skip
 
 
 @functools.cache
@@ -260,7 +348,7 @@ def summed(operation, sides, dtype_p, dtype_q):
     tail_p, tail_q = tail_loader(dtype_p, f32w), tail_loader(dtype_q, f32w)
     size_p, size_q = ITEMSIZE[dtype_p], ITEMSIZE[dtype_q]
     to_p, to_q = "p" in sides, "q" in sides
-    tv = operation == "tv"
+    tv, js = operation == "tv", operation == "js"
 
     @inline
     def side(own, t, bracket, sums):
@@ -275,7 +363,7 @@ def summed(operation, sides, dtype_p, dtype_q):
 
     @inline
     def both(p, q, a, constants, sums, sums_p, sums_q, tie):
-        kx0, kx1, c0, c1, least = constants
+        kx0, kx1, c0, c1, least, mix = constants
         d, lost = exact_subtraction(p, q)
         t = vmax(fma(d, a, c0) + fma(lost, a, c1), -FAR)
         of_p = exp2_32(fma(p, a, kx0) + kx1)
@@ -287,7 +375,7 @@ def summed(operation, sides, dtype_p, dtype_q):
             s, r = s + vabs(change), r + change
             tie = tie | (vabs(t) < least)
         else:
-            term, b_p, b_q = jensen_shannon(t, change, of_p, of_q)
+            term, b_p, b_q = jensen_shannon(t, change, of_p, of_q, mix)
             s = s + term
         g, h = t, t
         if to_p:
@@ -354,31 +442,41 @@ def summed(operation, sides, dtype_p, dtype_q):
         return s, 0.0
 
     @inline
-    def spread(sums):
-        return tv or sums[1] - sums[0] * sums[0] > SPREAD * sums[0] * sums[0]
+    def spread(sums, least):
+        return tv or sums[1] - sums[0] * sums[0] > least * sums[0] * sums[0]
 
     @inline
-    def second(x, y, at_p, at_q, width, a, constants, value, alpha, scale_p, scale_q):
+    def second(x, y, at_p, at_q, width, a, constants, value, other, alpha, mix, scale_p, scale_q):
         """Gives the value and what the third pass takes of each side; NaN: not an ordinary row."""
         kx, ky, c = constants
         least = f32(TIE * math.sqrt(value))
         of_p = (0.0, 0.0)
         of_q = (0.0, 0.0)
-        for _attempt in range(3):
-            given = (*halves(kx), *halves(c), least)
+        w, coefficients = mix
+        far = value > APART  # a guess
+        # Of rows that are apart, a few entries may make up all of the mean square.
+        wide = 10.0 * SPREAD if far else SPREAD
+        turned = False
+        for _attempt in range(4):
+            shift_p = math.log(w) if far else 0.0
+            shift_q = math.log1p(-w) if far else 0.0
+            mixed = (f32(w), f32(1.0 - w), far, f32(shift_p), f32(shift_q), coefficients)
+            given = (*halves(kx), *halves(c), least, mixed)
             sums, sums_p, sums_q, tie = add_up(x, y, at_p, at_q, width, f32(a), given)
             if tv and not abs(sums[1]) <= BALANCE * sums[0]:
                 c -= math.log1p(sums[1]) * LOG2_E
                 continue
-            # Rows that are far apart have brackets that are near another constant.
             value = min(0.5 * sums[0], 1.0) if tv else sums[0]
-            usable = UNDERFLOW <= value and not tie and (tv or value < 0.5 * LN_2)
             if to_p:
                 of_p = shares(sums_p)
-                usable = usable and spread(sums_p)
             if to_q:
                 of_q = shares(sums_q)
-                usable = usable and spread(sums_q)
+            clear = (not to_p or spread(sums_p, wide)) and (not to_q or spread(sums_q, wide))
+            if js and not clear and not turned:
+                far = not far
+                turned = True
+                continue
+            usable = UNDERFLOW <= value and not tie and clear
             return (value if usable else math.nan), of_p, of_q
         return math.nan, of_p, of_q
 
@@ -443,17 +541,19 @@ def order(dtype):
 def build(operation, sides, dtype_p, dtype_q, dtype_into_p, dtype_into_q):
     """``sides`` is "p", "q" or "pq": whose logits the gradient is with respect to."""
     summing = operation in TWO_SUMS
-    reading = "kl" if summing else operation
+    reading = {"js": "kl", "tv": "kl", "jeffreys": "kl_both"}.get(operation, operation)
     part = reader(reading, dtype_p, dtype_q, False)
     _, _, _, _, _, finish, constants_of = arithmetic(reading, False, CARRIED)
     passes = summed if summing else balanced
     second = passes(operation, sides, dtype_p, dtype_q)
     # Of rows of two dtypes it is for the caller to give always the same one first.
-    exchanging = (summing or operation == "renyi") and dtype_p == dtype_q
+    js, renyi, jeffreys = (operation == name for name in ("js", "renyi", "jeffreys"))
+    exchanging = (summing or renyi or jeffreys) and dtype_p == dtype_q
     if exchanging:
         other_sides = "".join(side for side in "pq" if "qp"["pq".index(side)] in sides)
         second_exchanged = passes(operation, other_sides, dtype_q, dtype_p)
         larger = order(dtype_p)
+    turned = -1.0 if renyi else 1.0
     to_p, to_q = "p" in sides, "q" in sides
     third_p = third(operation, dtype_p, dtype_into_p)
     third_q = third(operation, dtype_q, dtype_into_q)
@@ -461,10 +561,12 @@ def build(operation, sides, dtype_p, dtype_q, dtype_into_p, dtype_into_q):
     def kernel(
         p, p_stride, p_offsets, q, q_stride, q_offsets, width, rows, n_rows, counter, chunk, redo,
         values, scales, spare, into_p, into_p_stride, into_p_offsets, into_q, into_q_stride,
-        into_q_offsets, powers, inverse_temperature, beta, limit,
+        into_q_offsets, powers, polynomial, inverse_temperature, beta, limit,
     ):  # fmt: skip
         a = f64(f32(inverse_temperature * LOG2_E))
         alpha = beta + 1.0
+        mix = (beta, mixture(polynomial)) if js else (0.5, ())
+        symmetric = not (renyi or js) or beta == (0.5 if js else -0.5)
         padded = (width + LANES32W - 1) // LANES32W * LANES32W
         spare_p = spare
         if spare != 0:
@@ -485,13 +587,13 @@ def build(operation, sides, dtype_p, dtype_q, dtype_into_p, dtype_into_q):
                 scale_p = peek_f64(scales + 16 * row) * inverse_temperature
                 scale_q = peek_f64(scales + 16 * row + 8) * inverse_temperature
                 exchanged = False
-                if exchanging and (summing or alpha == 0.5):
+                if exchanging and symmetric:
                     exchanged = larger(x, y, width)
                 first, other = x, y
                 if exchanged:
                     first, other = y, x
                 state = part(first, other, 0, width, a, beta, limit * LOG2_E)
-                value, _, close = finish(state, beta)
+                value, back, close = finish(state, beta)
                 constants = constants_of(state)
                 of_p = (1.0, 1.0)
                 of_q = of_p
@@ -499,17 +601,21 @@ def build(operation, sides, dtype_p, dtype_q, dtype_into_p, dtype_into_q):
                     S = math.exp(beta * value)
                     scale_p *= S
                     scale_q *= S
-                usable = close and UNDERFLOW <= value < math.inf
+                # Constants that are not as exact as the value are found out by ``balanced``.
+                usable = (close or not summing) and UNDERFLOW <= value < math.inf
+                usable = usable and (not jeffreys or back >= UNDERFLOW)
                 if usable and abs(scale_p) < LARGEST and abs(scale_q) < LARGEST:
                     if exchanged:
                         value, of_q, of_p = second_exchanged(
-                            y, x, at_q, at_p, width, a, constants, value, alpha, -scale_q, -scale_p
-                        )
+                            y, x, at_q, at_p, width, a, constants, value, back, alpha, mix,
+                            turned * scale_q, turned * scale_p,
+                        )  # fmt: skip
                         constants = constants[1], constants[0], -constants[2]
                     else:
                         value, of_p, of_q = second(
-                            x, y, at_p, at_q, width, a, constants, value, alpha, scale_p, scale_q
-                        )
+                            x, y, at_p, at_q, width, a, constants, value, back, alpha, mix,
+                            scale_p, scale_q,
+                        )  # fmt: skip
                     usable = value == value
                 else:
                     usable = False

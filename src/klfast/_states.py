@@ -56,8 +56,9 @@ class RowState:
         sums = whole.partial_sums(p_shard, q_shard)  # (rows, number of such metrics)
         values = whole.finish(sums + sums_of_the_other_shards)
 
-    Exchanging P and Q changes no bit of these two and of the squared Hellinger distance; Jeffreys is
-    the sum of two divergences here, each as exact as by itself, and may change in its last digits.
+    Exchanging P and Q changes no bit of these two and of the squared Hellinger distance; Jeffreys
+    is the sum of two divergences here, each as exact as by itself, and may change in its last
+    digits.
 
     Everything else takes one exchange. KL, Rényi and entropies follow from those within the parts
     and of the parts' masses by the chain rule, where nothing cancels: from however many parts,
