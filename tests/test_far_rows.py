@@ -17,6 +17,8 @@ FUNCTIONS: dict[str, tuple[Any, dict[str, float]]] = {
     "alpha:5": (klfast.alpha_divergence, {"alpha": 5.0}),
 }
 
+KINDS = ["uniform", "unrelated", "one far entry", "rare in p alone", "below the normal range"]
+
 
 def rows(kind: str, n: int, width: int, spread: float) -> tuple[Any, Any]:
     rng = np.random.default_rng(0)
@@ -30,11 +32,14 @@ def rows(kind: str, n: int, width: int, spread: float) -> tuple[Any, Any]:
     elif kind == "one far entry":  # that has next to nothing of P and much of Q
         q = p + (0.3 * rng.standard_normal((n, width))).astype(np.float32)
         q[np.arange(n), p.argmin(1)] += rng.uniform(5, 50, n).astype(np.float32)
+    elif kind == "below the normal range":  # probabilities of 1e-35 and less, in close rows
+        p[:, 1::3] -= rng.uniform(80, 400, p[:, 1::3].shape).astype(np.float32)
+        q = p + (1e-3 * rng.standard_normal((n, width))).astype(np.float32)
     return p, q
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-@pytest.mark.parametrize("kind", ["uniform", "unrelated", "one far entry", "rare in p alone"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("spread", [0.5, 3.0, 8.0])
 def test_far_rows_are_exact(name: str, kind: str, spread: float) -> None:
     function, options = FUNCTIONS[name]

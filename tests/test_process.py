@@ -79,6 +79,8 @@ def state():
         "recursion": sys.getrecursionlimit(),
         "logging": (logging.root.level, list(logging.root.handlers)),
         "files": sorted(os.listdir()),
+        # Kernels have them become 0.
+        "numbers below the normal range": float(np.float32(1e-30) * np.float32(1e-10)),
     }
 
 def compare(before):
