@@ -361,7 +361,7 @@ class Truth(NamedTuple):
     """What some of the rows have, in float64."""
 
     rows: NDArray[np.int64]
-    count: int
+    of: int  # rows that there are
     values: NDArray[np.float64]
     gradients: NDArray[np.float64] | None
 
@@ -389,7 +389,7 @@ def _errors(measure: str, truth: Truth, result: Any) -> dict[str, float | None]:
         result, gradient = result
     if measure == COMPARE:
         result = result["kl"] if isinstance(result, klfast.Comparison) else result[..., 0]
-    if result.shape != (truth.count,):
+    if result.shape != (truth.of,):
         return {}
 
     def found(x: Any) -> NDArray[np.float64]:
