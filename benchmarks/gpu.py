@@ -1,11 +1,13 @@
 """``python benchmarks/gpu.py``: klfast on a CUDA device beside PyTorch and fused Triton kernels.
 
-One command compiles the kernels, checks their results against the float64 reference, times them,
-prints a table, and writes ``gpu.json`` and ``GPU.md`` where ``--out`` says (default: beside itself,
-for a complete run). Times are medians of CUDA events over inputs several times the L2 cache, and
-shares are of the bandwidth of a device-to-device copy, bytes read plus bytes written, measured in
-the same run. Few rows are timed as replays of a CUDA graph, over inputs that take turns, and their
-shares are of the time of one launch of an empty kernel plus that of the copy.
+One command compiles the kernels, checks values and gradients against the float64 reference, times
+them, prints a table, and writes ``gpu.json`` and ``GPU.md`` where ``--out`` says (default: beside
+itself, for a complete run): klfast at all cases first, then its peers, and again after every case,
+so that what a run has measured is there however it ends. ``--minutes`` ends it in time. Times are
+medians of CUDA events over inputs several times the L2 cache, and shares are of the bandwidth of a
+device-to-device copy, bytes read plus bytes written, measured in the same run. Few rows are timed
+as replays of a CUDA graph, over inputs that take turns, and their shares are of the time of one
+launch of an empty kernel plus that of the copy.
 
 Peers are whatever is installed of PyTorch (eager and compiled), Liger-Kernel (whose kernels begin
 at log-probabilities: the log-softmax before them is timed with them), speculators (its fused
@@ -19,15 +21,18 @@ import argparse
 import datetime
 import importlib
 import importlib.util
+import math
 import statistics
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 import klfast
 from klfast._arrays import FLOATS
@@ -50,6 +55,8 @@ MEASURES = (
 )  # fmt: skip
 #: Largest relative error of klfast that passes.
 TOLERANCE = 1e-5
+#: The same of gradients, over the largest entry of a row: what rounding to their type leaves.
+GRADIENT_TOLERANCE = {"float32": 1e-5, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 DEVICE = "cuda"
 TORCH = tuple(peer for peer in PEERS if peer.package == "torch")
 
@@ -69,7 +76,23 @@ class Timing:
     seconds: float | None
     of_bound: float | None
     error: float | None = None
+    gradient_error: float | None = None
     failure: str | None = None
+
+    @property
+    def case(self) -> tuple[int, int, str, str, str]:
+        """What was measured, whoever did it."""
+        return self.rows, self.vocab, self.dtype, self.data, self.measure
+
+    def wrong(self) -> str | None:
+        """What klfast must not get away with."""
+        if self.failure:
+            return self.failure
+        if not (self.error or 0.0) <= TOLERANCE:
+            return f"off by {self.error}"
+        if not (self.gradient_error or 0.0) <= GRADIENT_TOLERANCE[self.dtype]:
+            return f"gradient off by {self.gradient_error}"
+        return None
 
 
 def main() -> None:
@@ -85,31 +108,53 @@ def main() -> None:
     launch = _launch_seconds()
     about = _about(copy, launch)
     print("\n".join(grid([[name, value] for name, value in about.items()], left=2)), flush=True)
-    timings: list[Timing] = []
-    for case in _cases(options):
-        timings += _measure(*case, copy, launch, options)
-        torch.cuda.empty_cache()
-    print("\n" + _table(timings))
     out = options.out or (None if options.quick or options.only else HERE)
+    deadline = time.monotonic() + 60.0 * options.minutes
+    timings: list[Timing] = []
+    cases = list(_cases(options))
+    for own in (True, False):
+        for case in cases:
+            for timing in _measure(*case, own, copy, launch, options):
+                timings.append(timing)
+                if time.monotonic() > deadline:
+                    break
+            torch.cuda.empty_cache()
+            _write(out, about, timings)
+            if time.monotonic() > deadline:
+                break
+    print("\n" + _table(timings))
+    if time.monotonic() > deadline:
+        print(f"\nended after {options.minutes:g} minutes: the rest was not measured")
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        content = {"about": about, "timings": [asdict(each) for each in timings]}
-        write_json(out / "gpu.json", content)
-        (out / "GPU.md").write_text(_markdown(about, timings), encoding="utf-8")
         print(f"\nwritten: gpu.json, GPU.md in {out}")
     wrong = [
-        f"{t.measure} of {t.rows} x {t.vocab} {t.dtype}: {t.failure or f'off by {t.error}'}"
+        f"{t.measure} of {t.rows} x {t.vocab} {t.dtype}: {t.wrong()}"
         for t in timings
-        if t.contender == "klfast" and (t.failure or not (t.error or 0.0) <= TOLERANCE)
+        if t.contender == "klfast" and t.wrong()
     ]
     if wrong:
         sys.exit("\n".join(["klfast is wrong:", *wrong]))
 
 
+def _write(out: Path | None, about: dict[str, str], timings: Sequence[Timing]) -> None:
+    if out is None:
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    written = [
+        {  # JSON has no infinity, which the error of a formula may be
+            name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in asdict(each).items()
+        }
+        for each in timings
+    ]
+    write_json(out / "gpu.json", {"about": about, "timings": written})
+    (out / "GPU.md").write_text(_markdown(about, timings), encoding="utf-8")
+
+
 def _cases(options: argparse.Namespace) -> Iterator[tuple[int, int, str, str, tuple[str, ...]]]:
     measures = tuple(m for m in MEASURES if options.only is None or m in options.only)
     if options.quick:
-        yield 64, 32000, "float32", "flat", measures
+        yield 128, 32000, "float32", "flat", measures
         yield 1, 32000, "bfloat16", "peaked", measures
         return
     for dtype in DTYPES:
@@ -147,11 +192,13 @@ def _measure(
     dtype: str,
     data: str,
     measures: Sequence[str],
+    own: bool,
     copy: float,
     launch: float,
     options: argparse.Namespace,
 ) -> Iterator[Timing]:
-    print(f"{rows} x {vocab} {dtype} {data}", file=sys.stderr, flush=True)
+    who = "klfast" if own else "its peers"
+    print(f"{rows} x {vocab} {dtype} {data}: {who}", file=sys.stderr, flush=True)
     size = rows * vocab * FLOATS[dtype]
     few = rows <= max(FEW_ROWS)
     # Inputs that take turns, so that no cache has them.
@@ -163,17 +210,22 @@ def _measure(
         arity = _operation(measure).arity
         moved = arity + measure.endswith(GRADIENT)  # arrays that are read or written once
         bound = moved * size / copy + (launch if few else 0.0)
-        for name, make in _contenders(measure, options).items():
-            yield _timed(
-                Timing(rows, vocab, dtype, data, measure, name, None, None),
-                make, [pair[:arity] for pair in sets], bound, few,
-            )  # fmt: skip
+        contenders = _contenders(measure, options)
+        inputs = [pair[:arity] for pair in sets]
+        truth = _truth(measure, inputs[0])
+        for name in contenders:
+            if (name == "klfast") == own:
+                yield _timed(
+                    Timing(rows, vocab, dtype, data, measure, name, None, None),
+                    contenders[name], inputs, truth, bound, few,
+                )  # fmt: skip
 
 
 def _timed(
     case: Timing,
     make: Callable[[], Callable[..., Any]],
     inputs: list[Any],
+    truth: Truth,
     bound: float,
     few: bool,
 ) -> Timing:
@@ -182,9 +234,7 @@ def _timed(
     fields = asdict(case)
     try:
         function = make()
-        result = function(*inputs[0])
-        error = _error(case.measure, inputs[0], result)
-        del result
+        errors = _errors(case.measure, truth, function(*inputs[0]))
         if few:
             seconds = _graph_seconds(function, inputs)
         else:
@@ -194,7 +244,7 @@ def _timed(
         torch.cuda.empty_cache()
         fields["failure"] = " ".join(f"{type(problem).__name__}: {problem}".split())[:200]
         return Timing(**fields)
-    fields |= {"seconds": seconds, "of_bound": bound / seconds, "error": error}
+    fields |= {"seconds": seconds, "of_bound": bound / seconds, **errors}
     return Timing(**fields)
 
 
@@ -229,7 +279,7 @@ def _own(measure: str) -> Callable[..., Any]:
         return lambda p, q: klfast.compare(p, q)
     if measure.endswith(GRADIENT):
         name = measure.removesuffix(GRADIENT)
-        return lambda *rows: klfast.value_and_grad(name, *rows).value
+        return lambda *rows: tuple(klfast.value_and_grad(name, *rows))
     function = getattr(klfast, _operation(measure).function)
     parameters = _parameters(measure)
     return lambda *rows: function(*rows, *parameters)
@@ -248,13 +298,13 @@ def _of_peer(peer: Any, measure: str) -> Callable[..., Any]:
 
 
 def _both_ways(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Forward and backward."""
+    """Forward and backward: the value, and the gradient with respect to the last of the logits."""
 
     def run(*rows: Any) -> Any:
         student = rows[-1].detach().requires_grad_()
         value = function(*rows[:-1], student)
         value.sum().backward()
-        return value.detach()
+        return value.detach(), student.grad
 
     return run
 
@@ -307,19 +357,52 @@ SPECULATORS |= {f"{name}{GRADIENT}": _with_gradient(make) for name, make in SPEC
 QUACK = {"logsumexp": _quack}
 
 
-def _error(measure: str, rows: Sequence[Any], result: Any, sample: int = 16) -> float | None:
-    """Largest relative error over a few rows; None where a contender gives no value a row."""
-    operation = _operation(measure)
+class Truth(NamedTuple):
+    """What some of the rows have, in float64."""
+
+    rows: NDArray[np.int64]
+    of: int  # rows that there are
+    values: NDArray[np.float64]
+    gradients: NDArray[np.float64] | None
+
+
+def _truth(measure: str, rows: Sequence[Any], sample: int = 8) -> Truth:
+    operation, parameters = _operation(measure), _parameters(measure)
+    count = len(rows[0])
+    picked = np.unique(np.linspace(0, count - 1, sample).astype(np.int64))
+    inputs = [x[picked].double().cpu().numpy() for x in rows]
+    values = operation.reference(*inputs, *parameters)
+    gradients = None
+    if measure.endswith(GRADIENT):
+        wrt = "pq"[operation.arity - 1]
+        gradients = klfast.reference.gradient(operation.name, *inputs, *parameters, wrt=wrt)
+    return Truth(picked, count, values, gradients)
+
+
+def _errors(measure: str, truth: Truth, result: Any) -> dict[str, float | None]:
+    """Largest relative errors over a few rows; None where a contender gives no value a row.
+
+    That of gradients is over the largest entry of a row.
+    """
+    gradient = None
+    if measure.endswith(GRADIENT):
+        result, gradient = result
     if measure == COMPARE:
         result = result["kl"] if isinstance(result, klfast.Comparison) else result[..., 0]
-    count = len(rows[0])
-    if result.shape != (count,):
-        return None
-    picked = np.unique(np.linspace(0, count - 1, sample).astype(int))
-    inputs = [x[picked].double().cpu().numpy() for x in rows]
-    truth = operation.reference(*inputs, *_parameters(measure))
-    found = result[picked].double().cpu().numpy()
-    return float(np.max(np.abs(found - truth) / np.abs(truth)))
+    if result.shape != (truth.of,):
+        return {}
+
+    def found(x: Any) -> NDArray[np.float64]:
+        picked: NDArray[np.float64] = x[truth.rows].double().cpu().numpy()
+        return picked
+
+    off = np.abs(found(result) - truth.values) / np.abs(truth.values)
+    errors: dict[str, float | None] = {"error": float(np.max(off))}
+    if gradient is not None and truth.gradients is not None:
+        size = np.abs(truth.gradients).max(-1, keepdims=True)
+        off = np.abs(found(gradient) - truth.gradients) / size
+        errors["gradient_error"] = float(np.max(off))
+    return errors
 
 
 def _event_seconds(call: Call, rounds: int = 11) -> float:
@@ -391,23 +474,32 @@ def _about(copy: float, launch: float) -> dict[str, str]:
 
 
 def _table(timings: Sequence[Timing]) -> str:
-    titles = "rows", "V", "dtype", "data", "measure", "", "ms", "of bound", "klfast faster", "error"
+    titles = (
+        "rows",
+        "V",
+        "dtype",
+        "data",
+        "measure",
+        "",
+        "ms",
+        "of bound",
+        "klfast faster",
+        "error",
+        "of gradient",
+    )
     rows = [list(titles)]
-    own = {
-        (t.rows, t.vocab, t.dtype, t.data, t.measure): t.seconds
-        for t in timings
-        if t.contender == "klfast"
-    }
-    for t in timings:
+    own = {t.case: t.seconds for t in timings if t.contender == "klfast"}
+    order = {case: place for place, case in enumerate(dict.fromkeys(t.case for t in timings))}
+    for t in sorted(timings, key=lambda t: order[t.case]):
         case = [str(t.rows), str(t.vocab), t.dtype, t.data, t.measure, t.contender]
         if t.seconds is None or t.of_bound is None:
-            rows.append([*case, "failed", "", "", ""])
+            rows.append([*case, "failed", "", "", "", ""])
             continue
-        mine = own.get((t.rows, t.vocab, t.dtype, t.data, t.measure))
+        mine = own.get(t.case)
         ratio = f"{t.seconds / mine:.1f} x" if mine and t.contender != "klfast" else ""
         rows.append([
             *case, f"{1e3 * t.seconds:.4g}", f"{t.of_bound:.2f}", ratio,
-            "" if t.error is None else f"{t.error:.1e}",
+            *("" if each is None else f"{each:.1e}" for each in (t.error, t.gradient_error)),
         ])  # fmt: skip
     failures = sorted({f"{t.contender}, {t.measure}: {t.failure}" for t in timings if t.failure})
     return "\n".join([*grid(rows, left=1), *failures])
@@ -425,6 +517,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--peers", type=lambda text: text.split(","), help="such as 'torch.compile,liger'"
     )
+    parser.add_argument("--minutes", type=float, default=math.inf, help="start nothing after these")
     parser.add_argument("--out", metavar="FOLDER", type=Path, help="where to write the files")
     return parser.parse_args()
 

@@ -38,6 +38,7 @@ from numpy.typing import NDArray
 
 from klfast._arrays import FLOATS, Rows
 from klfast._dispatch import Result
+from klfast._operations import DIFFERENTIABLE
 
 from ..plans import EXAMPLE, LOG_SOFTMAX, plan_of
 from . import launches, loader, streaming
@@ -138,7 +139,9 @@ def gradient(
 def explain(name: str, p: Rows, q: Rows | None) -> dict[str, object]:
     """What a call with these arrays would launch."""
     device = cupy.cuda.Device().id
-    steps = (LOG_SOFTMAX,) if name == "log_softmax" else plan_of(name, EXAMPLE.get(name, ())).steps
+    operation, _, parameter = name.partition(":")
+    metric = operation, (float(parameter),) if parameter else EXAMPLE.get(operation, ())
+    steps = (LOG_SOFTMAX,) if name == "log_softmax" else plan_of(*metric).steps
     described = []
     for launch in launches.schedule(steps, p, q):
         names = [step.operation for step in launch.steps]
@@ -153,13 +156,40 @@ def explain(name: str, p: Rows, q: Rows | None) -> dict[str, object]:
         if launch.module == "two_phase":
             assert q is not None
             shape = launches.shape_of(launch.steps)
-            residence = launches.residence(
+            each |= _residence(
                 device, p, q, shape, launches.cut(device, p.count, p.width, shape[0])
             )
-            each["blocks_of_a_cluster"] = residence.cluster
-            each["second_read"] = launches.second_read(device, p, q, residence)
         described.append(each)
-    return {"steps": described, "device": f"cuda:{device}"}
+    explained: dict[str, object] = {"steps": described, "device": f"cuda:{device}"}
+    if operation in DIFFERENTIABLE:
+        explained["value_and_gradient"] = _gradient(metric, p, q)
+    return explained
+
+
+def _residence(
+    device: int, p: Rows, q: Rows, shape: tuple[int, int], parts: launches.Cut
+) -> dict[str, object]:
+    """Where a kernel that reads a pair of rows again finds it."""
+    at = launches.residence(device, p, q, shape, parts)
+    where = launches.second_read(device, p, q, at)
+    return {"blocks_of_a_cluster": at.cluster, "second_read": where}
+
+
+def _gradient(metric: tuple[str, tuple[float, ...]], p: Rows, q: Rows | None) -> dict[str, object]:
+    """What gradients with respect to these rows, of their layout, would launch."""
+    other = p if q is None else q
+    slope = launches.slope_of(*metric)
+    plan = launches.plan_with_gradient(metric, q)
+    if not launches.is_kept(slope, plan, p, q, {"p": p, "q": other}):
+        kernel = f"exact_gradients.{slope.operation}"
+        return {"kernel": kernel, "arithmetic": "float64", "passes": _PASSES["exact"] + 1}
+    shape = launches.GRADIENT_SHAPE
+    return {
+        "kernel": f"gradients.{slope.operation}",
+        "arithmetic": "float32, sums in float64",
+        "passes": 1,
+        **_residence(cupy.cuda.Device().id, p, other, shape, launches.whole(p.width, shape[0])),
+    }
 
 
 #: Times that a row is read from the memory of the device, at most.

@@ -74,6 +74,7 @@ DEVICE int cluster_rank()
 // All threads of the cluster arrive; what they wrote to shared memory before is seen after.
 DEVICE void cluster_barrier()
 {
+    __syncwarp();  // .aligned: a warp arrives as one
     asm volatile("barrier.cluster.arrive.release.aligned;\n"
                  "barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }

@@ -101,8 +101,8 @@ struct Divergence : OfPair {
 struct JensenShannon : OfPair {
     static DEVICE double ceiling(double weight)
     {
-        return -(multiply_exact(weight, log(weight)) +
-                 multiply_exact(1.0 - weight, log1p(-weight)));
+        return -(multiply_exact(weight, log_called(weight)) +
+                 multiply_exact(1.0 - weight, log1p_called(-weight)));
     }
     // m [w f(u) + (1-w) f(v)] with f = jensen, u = (p-m)/m, v = (q-m)/m.
     static DEVICE double term(const Index& at, double weight)
@@ -269,7 +269,7 @@ DEVICE Normalizers normalizers(const Pair& pair, int64 width)
     Normalizers found = {0.0, 0.0, 0.0, 0.0};
     for (int attempt = 0; attempt < 4; ++attempt) {
         const double shift = found.offset + found.fine;
-        const double fx = exp(-0.5 * shift), fy = exp(0.5 * shift);
+        const double fx = exp_called(-0.5 * shift), fy = exp_called(0.5 * shift);
         double sums[4] = {0.0, 0.0, 0.0, 0.0};  // Sx, Sy; of fy ey - fx ex, and of its absolutes
         for (int64 j = team_rank(); j < width; j += TEAM) {
             const Pair::Exponents at = pair.at(j);
@@ -283,8 +283,8 @@ DEVICE Normalizers normalizers(const Pair& pair, int64 width)
             sums[3] += change;
         }
         team_add(sums);
-        found.log_x = log1p(sums[0]);
-        found.log_y = log1p(sums[1]);
+        found.log_x = log1p_called(sums[0]);
+        found.log_y = log1p_called(sums[1]);
         const double total =
             multiply_exact(fx, 1.0 + sums[0]) + multiply_exact(fy, 1.0 + sums[1]);
         const double correction = -2.0 * atanh(sums[2] / total);
@@ -377,11 +377,11 @@ DEVICE double value_of(const Call& call, const Prepared& rows, double parameter)
             double total = 0.0;
             for (int64 j = team_rank(); j < call.width; j += TEAM)
                 total += exp(OPERATION::exponent(rows.index(j), parameter) - peak);
-            log_s += log(team_add(total));
+            log_s += log_called(team_add(total));
         }
         // Close to 0 it comes from the sum that does not cancel, which on the other hand has lost
         // terms where p underflows.
-        const double close = log1p(larger(OPERATION::MASS ? -value : value, -1.0));
+        const double close = log1p_called(larger(OPERATION::MASS ? -value : value, -1.0));
         if (fabs(log_s) < 1.0 && fabs(close - log_s) < 1e-9)
             log_s = close;
         value = OPERATION::MASS ? -log_s : log_s / parameter;

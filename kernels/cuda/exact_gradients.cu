@@ -32,8 +32,18 @@ constexpr bool CROSS = false, TV = true, JS = false, BOTH_WAYS = false, RENYI = 
 constexpr bool CROSS = false, TV = false, JS = true, BOTH_WAYS = false, RENYI = false;
 #elif defined(OPERATION_jeffreys)
 constexpr bool CROSS = false, TV = false, JS = false, BOTH_WAYS = true, RENYI = false;
-#elif defined(OPERATION_renyi)
+#elif defined(OPERATION_renyi) || defined(OPERATION_renyi_0) || defined(OPERATION_renyi_inf)
 constexpr bool CROSS = false, TV = false, JS = false, BOTH_WAYS = false, RENYI = true;
+#endif
+#ifdef OPERATION_renyi_0
+using OfRenyi = RenyiOfOrder0;
+#else
+using OfRenyi = Renyi;
+#endif
+#ifdef OPERATION_renyi_inf
+constexpr bool PEAK = true;
+#else
+constexpr bool PEAK = false;
 #endif
 
 // What a mean is subtracted from.
@@ -47,7 +57,8 @@ DEVICE double bracket(const Index& at, double weight)
         return d > 0.0 ? 0.5 : d < 0.0 ? -0.5 : 0.0;
     if constexpr (JS) {
         const double own = OF_P ? weight : 1.0 - weight, other = OF_P ? 1.0 - weight : weight;
-        return d > 0.0 ? -log1p(other * expm1(-d)) : d - log1p(own * expm1(d));
+        const double log = log1p((d > 0.0 ? other : own) * expm1(-fabs(d)));
+        return d > 0.0 ? -log : d - log;
     }
     return d;
 }
@@ -67,7 +78,7 @@ DEVICE double entry(const Index& at, int64 j, const Known& known, double alpha)
         const double beta = alpha - 1.0, d = -at.t;
         const double tilt = OF_P ? beta * (d - known.divergence)
                                  : fma64(alpha, d, -beta * known.divergence);
-        if (alpha == INFINITY64)
+        if (PEAK)
             difference = (static_cast<double>(j) == known.place ? 1.0 : 0.0) - own;
         else if (!at.in_p())
             difference = -own;
@@ -90,22 +101,19 @@ DEVICE double entry(const Index& at, int64 j, const Known& known, double alpha)
 DEVICE Known known_of(const Call& call, const Prepared& rows, double alpha)
 {
     Known known = {0.0, 0.0, 0.0, -1.0};
-    if constexpr (RENYI) {
-        if (alpha == INFINITY64) {
-            Peak peak;
-            for (int64 j = team_rank(); j < call.width; j += TEAM) {
-                const Index at = rows.index(j);
-                peak.see(at.in_p() ? -at.t : -INFINITY64, j);
-            }
-            peak.join();
-            known.place = peak.index;
-        } else if (alpha == 0.0) {
-            known.divergence = rows.only_q ? value_of<RenyiOfOrder0>(call, rows, 0.0) : 0.0;
-        } else if (alpha > 1.0 && rows.only_p) {
-            known.divergence = INFINITY64;
-        } else {
-            known.divergence = value_of<Renyi>(call, rows, alpha - 1.0);
+    if constexpr (PEAK) {
+        Peak peak;
+        for (int64 j = team_rank(); j < call.width; j += TEAM) {
+            const Index at = rows.index(j);
+            peak.see(at.in_p() ? -at.t : -INFINITY64, j);
         }
+        peak.join();
+        known.place = peak.index;
+    } else if constexpr (RENYI) {
+        if (alpha > 1.0 && rows.only_p)
+            known.divergence = INFINITY64;
+        else if (alpha > 0.0 || rows.only_q)
+            known.divergence = value_of<OfRenyi>(call, rows, alpha - 1.0);
     } else {
         double sums[4] = {0.0, 0.0, 0.0, 0.0};
         for (int64 j = team_rank(); j < call.width; j += TEAM) {
@@ -124,7 +132,7 @@ DEVICE Known known_of(const Call& call, const Prepared& rows, double alpha)
     return known;
 }
 
-DEVICE void fill(const Rows& into, int64 row, int64 first, int64 width, double value)
+OUTLINED void fill(const Rows& into, int64 row, int64 first, int64 width, double value)
 {
     if (!into.data)
         return;
@@ -169,7 +177,7 @@ DEVICE void write_gradients(const Call& call, int64 row)
     double factor_p = scale * call.parameters[1] * call.p.inverse_temperature;
     double factor_q = scale * call.parameters[2] * call.q.inverse_temperature;
     if (call.parameters[3] != 0.0) {
-        const double power_sum = exp((alpha - 1.0) * known.divergence);
+        const double power_sum = exp_called((alpha - 1.0) * known.divergence);
         factor_p *= power_sum;
         factor_q *= power_sum;
     }
@@ -184,7 +192,7 @@ DEVICE void write_gradients(const Call& call, int64 row)
     }
 }
 
-KERNEL(THREADS, BLOCKS) exact_gradients(const Call call)
+KERNEL(THREADS, BLOCKS) exact_gradients(ARGUMENT Call call)
 {
     each_row(call, static_cast<int64>(call.parameters[15]),
              [&](int64 row) { write_gradients(call, row); });

@@ -9,9 +9,9 @@
 // `exact_gradients`, whose logits are then what they were: the gradient may be written over them.
 //
 // Where q - p is all that is asked for, of KL, it is written while the value is summed. Else a
-// gradient is known after the value, and written in a pass of its own. Either way it is measured while it is written,
-// and where it is not right corrected and written again, from the rows that are kept. What cannot
-// be kept is measured first, and written once.
+// gradient is known after the value, and written in a pass of its own. Either way it is measured
+// while it is written, and where it is not right corrected and written again, from the rows that are
+// kept. What cannot be kept is measured first, and written once.
 
 // Error of a gradient, as a share of its largest entry, that is left to what cannot be seen.
 constexpr double TOLERANCE = 5e-6;
@@ -212,7 +212,7 @@ struct Work {
     DEVICE double factor_of(int side, double value) const
     {
         const double scale = call.scales ? call.scales[share.row] : 1.0;
-        const double of_s = call.parameters[3] != 0.0 ? exp2(beta() * value) : 1.0;
+        const double of_s = call.parameters[3] != 0.0 ? exp2_called(beta() * value) : 1.0;
         return scale * call.parameters[1 + side] * call.p.inverse_temperature * of_s;
     }
 
@@ -235,10 +235,10 @@ struct Work {
         // Without the rest of kx and ky, all terms are that much smaller.
         const Constants& constants = row_constants(call);
         if (!EXACTLY)
-            factor *= exp2(0.5 * (double_of(Split(constants.of_x.k).rest) +
+            factor *= exp2_called(0.5 * (double_of(Split(constants.of_x.k).rest) +
                                   double_of(Split(constants.of_y.k).rest)));
         wrote = wrote || factor == factor;
-        const double of_thread = double_of(sum_terms<EXACTLY, false, Differences>(
+        const double of_thread = double_of(sum_terms<EXACTLY, Differences>(
             call, share, float_of(UNIT * factor)));
         double largest[2] = {0.0, UNIT * of_thread}, none[2] = {0.0, 0.0};
         double sum[2] = {0.0, team_rank() == 0 && share.part == 0
@@ -256,9 +256,9 @@ struct Work {
             else
                 sum_and_write<WIDE>(factor);
         } else if (exactly) {
-            sum_terms<true, false>(call, share);
+            sum_terms<true>(call, share);
         } else {
-            sum_terms<WIDE, false>(call, share);
+            sum_terms<WIDE>(call, share);
         }
     }
 
@@ -280,10 +280,8 @@ struct Work {
         constexpr int PLAIN = 0, EXACTLY = 1, BALANCED = 2, LAST = 3;
         for (int attempt = WIDE ? EXACTLY : PLAIN;; ++attempt) {
             exactly = attempt >= EXACTLY;
-            if (attempt >= BALANCED) {
-                sum_terms<true, true>(call, share);
+            if (attempt >= BALANCED)  // by the sums of the attempt before
                 balance();
-            }
             sum(kept() ? factor_of(1, 0.0) : NAN64);
             if (team_rank() == 0)
                 row_verdict(call) =
@@ -309,7 +307,7 @@ struct Work {
             balance();
         double value = row_known(call).value;
         if (has(HELLINGER2))
-            value = -2.0 * log1p(-value);
+            value = -2.0 * log1p_called(-value);
         const Constants& constants = row_constants(call);
         Slope<true> slope_p(constants, value, beta());
         Slope<false> slope_q(constants, value, beta());

@@ -18,6 +18,7 @@ from .loader import kernel, machine
 
 __all__ = [
     "CALL",
+    "Work",
     "cut",
     "differentiate",
     "evaluate",
@@ -268,7 +269,7 @@ def residence(device: int, p: Rows, q: Rows, shape: tuple[int, int], parts: Cut)
     return Residence(threads, blocks, cluster, kept, shared, parts)
 
 
-class _Work:
+class Work:
     """The launches of one call: their argument, and the memory that they use."""
 
     def __init__(self, p: Rows, q: Rows | None, where: Any, tokens: Any) -> None:
@@ -460,7 +461,7 @@ def evaluate(
     ``where`` and ``tokens`` point to a byte or an int64 number a row, in memory of CuPy's.
     """
     plans = plans_of(metrics)
-    work = _Work(p, q, where, tokens)
+    work = Work(p, q, where, tokens)
     call = work.call
     launches = schedule(steps_of(plans), p, q)
     columns: dict[Step, int] = {}
@@ -486,7 +487,7 @@ def log_softmax(x: Rows, where: Any, out: Rows) -> None:
     """Queue the logarithms of the probabilities of all entries, on the current device."""
     if not x.count:
         return
-    work = _Work(x, None, where, None)
+    work = Work(x, None, where, None)
     call = work.call
     work.write_to(out)
     work.read("p")
@@ -556,7 +557,8 @@ def slope_of(name: str, parameters: tuple[float, ...]) -> Slope:
     if 0.0 < alpha < 0.5:
         # r is the same for Q, P and 1 - alpha, but each row is on the other side of it.
         return Slope("renyi", 1.0 - alpha, -scale, -scale * order_p, power, swapped=True)
-    return Slope("renyi", alpha, scale * order_p, scale, power)
+    operation = {0.0: "renyi_0", math.inf: "renyi_inf"}.get(alpha, "renyi")
+    return Slope(operation, alpha, scale * order_p, scale, power)
 
 
 def differentiate(
@@ -577,12 +579,11 @@ def differentiate(
         return
     slope = slope_of(*metric)
     sides = "qp" if slope.swapped else "pq"
-    # Entropy is the cross-entropy of a row with itself.
-    plan = plan_of("cross_entropy", ()) if q is None else plan_of(*metric)
+    plan = plan_with_gradient(metric, q)
     together = is_kept(slope, plan, p, q, into)
     if not together:
         evaluate([metric], p, q, where, None, [result])
-    work = _Work(p, q, where, None)
+    work = Work(p, q, where, None)
     call = work.call
     first, second = work.read(sides)
     for side, place in zip(sides, ("into_p", "into_q"), strict=True):
@@ -614,6 +615,11 @@ def differentiate(
     work.launch("exact_gradients", blocks, WHOLE | operation)
     if together:
         work.finish(plan, 0, result)
+
+
+def plan_with_gradient(metric: tuple[str, tuple[float, ...]], q: Rows | None) -> Plan:
+    """That of the value; entropy is the cross-entropy of a row with itself."""
+    return plan_of("cross_entropy", ()) if q is None else plan_of(*metric)
 
 
 def is_kept(slope: Slope, plan: Plan, p: Rows, q: Rows | None, into: Mapping[str, Rows]) -> bool:

@@ -229,6 +229,7 @@ DEVICE double exponential_tail(double t) { return Exponential(t).tail; }
 
 // The library's functions are long: what is needed once a row, or less, calls one copy of them.
 OUTLINED double exp2_called(double z) { return exp2(z); }
+OUTLINED double exp_called(double z) { return exp(z); }
 OUTLINED double log_called(double z) { return log(z); }
 OUTLINED double log1p_called(double z) { return log1p(z); }
 

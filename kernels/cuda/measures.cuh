@@ -76,12 +76,18 @@ struct Exponents {
         : a(factor(call)), kx(constants.of_x.k), ky(constants.of_y.k), c(constants.C),
           near(NEAR_BOTH)
     {
-#pragma unroll
-        for (int i = 0; i < COUNT; ++i) {
-            beta[i] = float_of(call.parameters[i]);
-            if (TERM[i] == RENYI || TERM[i] == REVERSE_RENYI)
-                near = smaller(near, NEAR_ONE / larger(1.0f, fabs(beta[i])));
-        }
+        find_orders<0>(call);
+    }
+
+    // Term by term: on the device, TERM has values but is no array in memory.
+    template <int I>
+    DEVICE void find_orders(const Call& call)
+    {
+        beta[I] = float_of(call.parameters[I]);
+        if constexpr (is_summed(SUM_RENYI + I))
+            near = smaller(near, NEAR_ONE / larger(1.0f, fabs(beta[I])));
+        if constexpr (I + 1 < COUNT)
+            find_orders<I + 1>(call);
     }
 
     DEVICE float log_p(float x) const { return log_of(x, kx); }
@@ -148,8 +154,8 @@ DEVICE void add_renyi(Few& few, float p, float q, float t, const float (&beta)[C
 constexpr bool HAS_KL = is_summed(SUM_KL), HAS_REVERSE = is_summed(SUM_REVERSE);
 constexpr bool HAS_RENYI = has(RENYI) || has(REVERSE_RENYI);
 // JS and the like alone do without knowing delta, unless they are to be exact.
-template <bool EXACTLY, bool BALANCE>
-constexpr bool MEASURES = BALANCE || (DIVERGES && (EXACTLY || !SECOND_ORDER));
+template <bool EXACTLY>
+constexpr bool MEASURES = DIVERGES && (EXACTLY || !SECOND_ORDER);
 
 // Below this delta may change the sign of t.
 constexpr float UNSURE = static_cast<float>(2.0 * DELTA);
@@ -171,19 +177,17 @@ struct Nothing {
 
 // Add an entry whose |t| is at most `near`: seen from sqrt(p q), which is returned; see
 // mathematics.cuh. Not what depends on the sign of t.
-template <bool EXACTLY, bool BALANCE, class ALSO>
+template <bool EXACTLY, class ALSO>
 DEVICE float add_near(Few& few, const Exponents<EXACTLY>& of, float x, float y, float t, ALSO& also,
                       int i)
 {
     const float s = t * t, g = exp2_approx(of.log_mean(x, y)), gt = g * t;
-    if constexpr (MEASURES<EXACTLY, BALANCE> || is_summed(SUM_H) || is_summed(SUM_JEFFREYS) ||
+    if constexpr (MEASURES<EXACTLY> || is_summed(SUM_H) || is_summed(SUM_JEFFREYS) ||
                   HAS_KL || HAS_REVERSE) {
         const float d = gt * near_difference<NEEDS_BOTH>(s);
-        if constexpr (MEASURES<EXACTLY, BALANCE>)
+        if constexpr (MEASURES<EXACTLY>)
             few.add<SUM_D>(d);
         also.see(i, d);
-        if constexpr (BALANCE)
-            return g;
         few.add<SUM_H>(fabs(d));
         few.add<SUM_JEFFREYS>(d, t);
         if constexpr (HAS_KL || HAS_REVERSE) {
@@ -203,7 +207,7 @@ DEVICE float add_near(Few& few, const Exponents<EXACTLY>& of, float x, float y, 
 }
 
 // Add an entry with any t: M k(tau), with M the larger one of p and q. Not that of JS: its M and tau.
-template <bool EXACTLY, bool BALANCE, class ALSO>
+template <bool EXACTLY, class ALSO>
 DEVICE void add_far(Few& few, const Exponents<EXACTLY>& of, float x, float y, float t, float& m,
                     float& tau, ALSO& also, int i)
 {
@@ -214,11 +218,9 @@ DEVICE void add_far(Few& few, const Exponents<EXACTLY>& of, float x, float y, fl
     m = exp2_approx(larger(u, v));
     const Power power(-tau);  // the smaller one over the larger one
     const float mh = m * (ONLY_H ? one_minus_exp2(tau) : -power.less_1);
-    if constexpr (MEASURES<EXACTLY, BALANCE>)
+    if constexpr (MEASURES<EXACTLY>)
         few.add<SUM_D>(sign_of(mh, t));
     also.see(i, sign_of(mh, t));
-    if constexpr (BALANCE)
-        return;
     const bool q_is_larger = t > 0.0f;
     few.add<SUM_KL>(m, q_is_larger ? power.psi : power.phi);
     few.add<SUM_REVERSE>(m, q_is_larger ? power.phi : power.psi);
@@ -254,8 +256,8 @@ DEVICE void add_row(Few& few, const Exponents<EXACTLY>& of, const float (&x)[VEC
     }
 }
 
-// Sum the terms of a row; or, for BALANCE, q - p alone.
-template <bool EXACTLY, bool BALANCE, class ALSO = Nothing>
+// Sum the terms of a row.
+template <bool EXACTLY, class ALSO = Nothing>
 OUTLINED float sum_terms(const Call& call, Share share, float given = 0.0f)
 {
     const Piece piece(call, share);
@@ -283,18 +285,18 @@ OUTLINED float sum_terms(const Call& call, Share share, float given = 0.0f)
                 far = larger_or_nan(far, fabs(t[i]));
             }
             const int64 first = static_cast<int64>(vector) * VECTOR;
-            if constexpr (SUMS_P && !BALANCE)
+            if constexpr (SUMS_P)
                 add_row<EXACTLY, false>(few, of, x, top_p - first);
-            if constexpr (SUMS_Q && !BALANCE)
+            if constexpr (SUMS_Q)
                 add_row<EXACTLY, true>(few, of, y, top_q - first);
             if (!warp_any(!(far <= of.near))) {
                 high = larger(high, far);
                 float mean[VECTOR];
 #pragma unroll
                 for (int i = 0; i < VECTOR; ++i)
-                    mean[i] = add_near<EXACTLY, BALANCE>(few, of, x[i], y[i], t[i], also, i);
+                    mean[i] = add_near<EXACTLY>(few, of, x[i], y[i], t[i], also, i);
                 also.end(vector);
-                if constexpr (is_summed(SUM_V) && !BALANCE) {
+                if constexpr (is_summed(SUM_V)) {
                     float close = fabs(t[0]);
 #pragma unroll
                     for (int i = 1; i < VECTOR; ++i)
@@ -317,10 +319,10 @@ OUTLINED float sum_terms(const Call& call, Share share, float given = 0.0f)
             for (int i = 0; i < VECTOR; ++i) {
                 if constexpr (UNBOUNDED)
                     high = larger(high, fabs(t[i]));
-                add_far<EXACTLY, BALANCE>(few, of, x[i], y[i], t[i], m[i], tau[i], also, i);
+                add_far<EXACTLY>(few, of, x[i], y[i], t[i], m[i], tau[i], also, i);
             }
             also.end(vector);
-            if constexpr (has(JS) && !BALANCE) {
+            if constexpr (has(JS)) {
                 float k[VECTOR];
 #pragma unroll
                 for (int i = 0; i < VECTOR; ++i)

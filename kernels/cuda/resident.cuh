@@ -38,10 +38,15 @@ DEVICE double* team_exchange(const Call& call)
     return reinterpret_cast<double*>(team_shared(call));
 }
 
+struct Two {
+    double first, second;
+};
+
 // Join two numbers of every thread of a row.
 template <class JOIN>
-DEVICE void row_join(double (&values)[2], double* shared)
+OUTLINED Two row_joined(Two of_thread, double* shared)
 {
+    double values[2] = {of_thread.first, of_thread.second};
     team_join<JOIN>(values);
     if constexpr (CLUSTER > 1) {
         if (thread_index() == 0) {
@@ -56,6 +61,14 @@ DEVICE void row_join(double (&values)[2], double* shared)
         }
         cluster_barrier();  // before anyone writes there again
     }
+    return {values[0], values[1]};
+}
+template <class JOIN>
+DEVICE void row_join(double (&values)[2], double* shared)
+{
+    const Two joined = row_joined<JOIN>({values[0], values[1]}, shared);
+    values[0] = joined.first;
+    values[1] = joined.second;
 }
 
 DEVICE Top row_top(Top top, double* shared)
@@ -311,8 +324,13 @@ DEVICE void read(const Piece& piece, float a, Exponentials& of_x, Exponentials& 
     copy(piece, team_rank() + STEP);
     for (int first = team_rank(); first < vectors; first += STEP) {
         const int stop = first + STEP < vectors ? first + STEP : vectors;
-        SumsOfFew sums(piece, first, stop, a, of_x, of_y);
-        if (!sums.fit()) {
+        for (bool once_more = true;; once_more = false) {
+            const SumsOfFew sums(piece, first, stop, a, of_x, of_y);
+            if (sums.fit() || !once_more) {
+                of_x.add(sums.x);
+                of_y.add(sums.y);
+                break;
+            }
             float largest_x = -INFINITY32, largest_y = -INFINITY32;
             for (int vector = first; vector < stop; vector += TEAM) {
                 piece.fetch(vector, x, y);
@@ -321,10 +339,7 @@ DEVICE void read(const Piece& piece, float a, Exponentials& of_x, Exponentials& 
             }
             of_x.refer_to(largest_x, a);
             of_y.refer_to(largest_y, a);
-            sums = SumsOfFew(piece, first, stop, a, of_x, of_y);
         }
-        of_x.add(sums.x);
-        of_y.add(sums.y);
         copy(piece, first + 2 * STEP);
         await_batches<1>();
     }

@@ -130,6 +130,11 @@ DEVICE int place_of(const float (&x)[VECTOR], float entry)
 }
 #endif
 
+template <int DTYPE, int COUNT>
+struct Packed;
+template <int DTYPE, int COUNT>
+OUTLINED void store_entries(char* at, Packed<DTYPE, COUNT> entries, int begin, int end);
+
 // VECTOR entries of one array, as they lie in memory: 16 bytes, or 32, or what results take.
 template <int DTYPE, int COUNT>
 struct alignas(16) Packed {
@@ -233,19 +238,28 @@ struct alignas(16) Packed {
             for (int i = 0; i + 3 < WORDS; i += 4)
                 *reinterpret_cast<Bytes16*>(at + 4 * i) = {word[i], word[i + 1], word[i + 2],
                                                            word[i + 3]};
-            return;
-        }
-#pragma unroll
-        for (int i = 0; i < COUNT; ++i) {
-            if (i < begin || i >= end)
-                continue;
-            if constexpr (DTYPE == FLOAT32)
-                reinterpret_cast<uint32*>(at)[i] = word[i];
-            else
-                reinterpret_cast<uint16*>(at)[i] = static_cast<uint16>(word[i / 2] >> i % 2 * 16);
+        } else {
+            store_entries(at, *this, begin, end);
         }
     }
 };
+
+// Entries [begin, end) to memory, one by one. At the ends of rows, or where vectors are not aligned:
+// called from many places, and seldom.
+template <int DTYPE, int COUNT>
+OUTLINED void store_entries(char* at, Packed<DTYPE, COUNT> entries, int begin, int end)
+{
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+        if (i < begin || i >= end)
+            continue;
+        const uint32 word = entries.word[DTYPE == FLOAT32 ? i : i / 2];
+        if constexpr (DTYPE == FLOAT32)
+            reinterpret_cast<uint32*>(at)[i] = word;
+        else
+            reinterpret_cast<uint16*>(at)[i] = static_cast<uint16>(word >> i % 2 * 16);
+    }
+}
 
 // One row, cut into vectors. ALIGNED rows begin `skew` entries after a multiple of 16 bytes (the
 // host has seen to it that this is the same for both arrays of a pair), so that all vectors but
@@ -302,7 +316,7 @@ struct Row {
 };
 
 // Round a float64 result once to the type of an array.
-DEVICE void store_as(char* at, int dtype, double value)
+OUTLINED void store_as(char* at, int dtype, double value)
 {
     switch (dtype) {
     case FLOAT16: {

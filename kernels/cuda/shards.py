@@ -44,7 +44,7 @@ SUMS = {"tv": 1, "js": 2}
 def _launch(p: Rows, q: Rows | None, where: Any, phase: int, out: int, columns: int,
             parameter: float, whole: Rows | None = None) -> None:  # fmt: skip
     """Queue the kernel, with a block a row."""
-    work = launches._Work(p, q, where, None)
+    work = launches.Work(p, q, where, None)
     work.read("pq")
     call = work.call
     call["phase"], call["values"], call["columns"] = phase, out, columns

@@ -81,7 +81,7 @@ struct Slope {
         if (CENTRED)
             number += sum;
         else if (TILTED || (OF_KL && !OF_P))
-            number += log1p(OF_P ? sum : -sum) * LOG2_OF_E / order(beta);
+            number += log1p_called(OF_P ? sum : -sum) * LOG2_OF_E / order(beta);
         else
             number += (OF_P ? sum : -sum) * LOG2_OF_E;
     }

@@ -42,15 +42,14 @@ KERNEL(THREADS, BLOCKS) two_phase(ARGUMENT Call call)
         constexpr int PLAIN = 0, EXACTLY = 1, BALANCED = 2, LAST = 3;
         for (int attempt = WIDE || call.parts > 1 ? EXACTLY : PLAIN;; ++attempt) {
             if (attempt >= BALANCED) {
-                sum_terms<true, true>(call, share_of(call, item));
                 if (team_rank() == 0)
                     row_constants(call).balance(UNIT * row_sums(call)[PLACE<SUM_D>]);
                 team_barrier();
             }
             if (attempt == PLAIN)
-                sum_terms<false, false>(call, share_of(call, item));
+                sum_terms<false>(call, share_of(call, item));
             else
-                sum_terms<true, false>(call, share_of(call, item));
+                sum_terms<true>(call, share_of(call, item));
             const Share share = share_of(call, item);
             if (call.parts > 1) {
                 double* states = call.states + share.row * call.parts * STATE;

@@ -464,7 +464,7 @@ def explain(
     kept = batch.p.count if batch.rows is None else len(batch.rows)
     read = [each for each in (batch.p, batch.q) if each is not None]
     with _device.on(batch.place):
-        plan = batch.backend.explain(operation.name, batch.p, batch.q)
+        plan = batch.backend.explain(metric, batch.p, batch.q)
     return Explanation(
         {
             "metric": metric,

@@ -172,7 +172,7 @@ class Backend(Protocol):
         """Queue the log-probabilities of all entries."""
 
     def explain(self, name: str, p: Rows, q: Rows | None) -> dict[str, object]:
-        """Return what `run` would do: kernel, passes, threads."""
+        """Return what `run` would do for a metric: kernel, passes, threads."""
 
     def set_num_threads(self, count: int) -> None:
         """Use this many threads from now on."""

@@ -180,7 +180,7 @@ def partial_sums(
 
 def explain(name: str, p: Rows, q: Rows | None) -> dict[str, object]:
     """Return what `run` would do."""
-    function = OPERATIONS[name].function
+    function = OPERATIONS[name.partition(":")[0]].function
     return {"kernel": f"klfast.reference.{function}", "arithmetic": "float64 NumPy", "threads": 1}
 
 

@@ -160,10 +160,11 @@ def requests(architecture: str, cases: Sequence[Case] = CASES) -> list[Request]:
                 whole = _rows("float64", count, 5)
                 shards.queue_sums([("tv", ()), ("js", (0.5,))], p, q, whole, None, 0)
                 result = launches.Result(_rows("float32", count, 1))
-                for name, sides in product(DIFFERENTIABLE, ("pq", "q")):
+                every = [(name, EXAMPLE.get(name, ())) for name in DIFFERENTIABLE] + others
+                for metric, sides in product(every, ("pq", "q")):
+                    name, _ = metric
                     if sides == "q" and name != FUSED:
                         continue
-                    metric = name, EXAMPLE.get(name, ())
                     second, given = (None, {"p": p}) if name == "entropy" else (q, {"p": p, "q": q})
                     into = {side: given[side] for side in sides if side in given}
                     launches.differentiate(metric, p, second, None, result, None, into)

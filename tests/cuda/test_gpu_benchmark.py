@@ -74,6 +74,12 @@ def test_every_measure_is_timed_and_checked(
     assert {t["measure"] for t in timings} == set(gpu.MEASURES)
     assert not [t for t in timings if t["failure"]]
     assert all(t["error"] < 2e-6 for t in timings if t["contender"] == "klfast")
+    assert all(
+        t["gradient_error"] <= gpu.GRADIENT_TOLERANCE[t["dtype"]]
+        for t in timings
+        if t["contender"] == "klfast" and t["measure"].endswith(gpu.GRADIENT) and t["rows"] > 64
+    )
+    assert sum(t["gradient_error"] is not None for t in timings) == 2 * len(gpu.GRADIENTS)
     assert {t["contender"] for t in timings} == {"klfast", "torch eager"}
     assert all(t["seconds"] > 0 and t["of_bound"] > 0 for t in timings)
     assert "Twin, 4 multiprocessors" in content["about"]["device"]
@@ -90,6 +96,51 @@ def test_what_is_wrong_is_an_error(
     monkeypatch.setattr(klfast, "kl_divergence", lambda p, q: p[..., 0] * 0)
     with pytest.raises(SystemExit, match="klfast is wrong:\nkl of 80 x 300 float32: off by 1"):
         run(gpu, tmp_path, monkeypatch)
+
+
+def test_wrong_gradients_are_an_error(
+    gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        gpu, "_cases", lambda options: iter([(80, 300, "float32", "flat", ("kl and gradient",))])
+    )
+    right = klfast.value_and_grad
+
+    def twice(*arguments: Any) -> Any:
+        value, gradient = right(*arguments)
+        return value, 2 * gradient
+
+    monkeypatch.setattr(klfast, "value_and_grad", twice)
+    with pytest.raises(SystemExit, match=r"kl and gradient of 80 x 300 float32: gradient off by 1"):
+        run(gpu, tmp_path, monkeypatch)
+
+
+def test_what_was_measured_is_written_however_a_run_ends(
+    gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """klfast at every case, before its peers at any; errors that JSON has no number for."""
+    cases = [(80, width, "float32", "flat", ("kl", "tv")) for width in (100, 200)]
+    monkeypatch.setattr(gpu, "_cases", lambda options: iter(cases))
+
+    def peer(measure: str) -> Any:
+        if measure == "tv":
+            raise KeyboardInterrupt
+        return lambda p, q: p[..., 0] * float("inf")
+
+    monkeypatch.setattr(gpu, "TORCH", (SimpleNamespace(name="torch eager", measure=peer),))
+    with pytest.raises(KeyboardInterrupt):
+        run(gpu, tmp_path, monkeypatch)
+    timings = json.loads((tmp_path / "gpu.json").read_text())["timings"]
+    assert [(t["contender"], t["vocab"]) for t in timings] == [
+        ("klfast", v) for v in (100, 100, 200, 200)
+    ]
+    monkeypatch.setattr(
+        gpu, "_cases", lambda options: iter([(80, 100, "float32", "flat", ("kl",))])
+    )
+    assert [t["error"] for t in run(gpu, tmp_path, monkeypatch)["timings"]][1] == "inf"
+    monkeypatch.setattr(gpu, "_cases", lambda options: iter(cases))
+    assert len(run(gpu, tmp_path, monkeypatch, "--minutes", "0")["timings"]) == 2
+    assert "ended after 0 minutes" in capsys.readouterr().out
 
 
 def test_every_peer_has_its_measures(gpu: Any) -> None:

@@ -132,6 +132,26 @@ def test_what_is_explained(twin: Any) -> None:
     assert "second_read" not in step
 
 
+def test_what_is_explained_of_gradients(twin: Any) -> None:
+    x = twin.asarray(np.zeros((3, 1000), np.float32))
+    for metric, kernel in (
+        ("kl", "gradients.kl"), ("js", "gradients.js"), ("renyi:0.3", "gradients.renyi"),
+        ("js:0.2", "exact_gradients.js"), ("renyi:inf", "exact_gradients.renyi_inf"),
+    ):  # fmt: skip
+        gradient = klfast.explain(x, x, metric)["value_and_gradient"]
+        assert gradient["kernel"] == kernel
+        assert ("second_read" in gradient) == kernel.startswith("gradients")
+        klfast.value_and_grad(metric, x, x)
+        assert kernel.partition(".")[0] in [launch.name for launch in twin.launches]
+        twin.launches.clear()
+    (step,) = klfast.explain(x, x, "js:0.2")["steps"]
+    assert step["kernel"] == "exact.js"
+    assert klfast.explain(x, None, "entropy")["value_and_gradient"]["kernel"] == (
+        "gradients.cross_entropy"
+    )
+    assert "value_and_gradient" not in klfast.explain(x, x, "topk_overlap:3").to_dict()
+
+
 def test_warmup_compiles_what_calls_need(twin: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     backend = import_module("klfast.kernels.cuda")
     monkeypatch.setattr(backend, "WARM_WIDTHS", (100,))
