@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from klfast.kernels import cpu
+from klfast.kernels.cpu import runs
 
 import klfast
 
@@ -63,13 +63,13 @@ def test_where_one_symbol_decides_a_high_order() -> None:
 @pytest.mark.parametrize("name", ["kl", "chi2", "renyi:0.5"])
 def test_uniform_rows_do_not_need_float64(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     left: list[int] = []
-    exact = cpu._step_exact
+    exact = runs.run_exact
 
     def counted(step: Any, p: Any, q: Any, numbers: Any, *rest: Any) -> None:
         left.append(p.count if numbers is None else len(numbers))
         exact(step, p, q, numbers, *rest)
 
-    monkeypatch.setattr(cpu, "_step_exact", counted)
+    monkeypatch.setattr(runs, "run_exact", counted)
     function, options = FUNCTIONS[name]
     p, u = rows("uniform", 40, 5000, 2.0)
     function(p, u, **options)

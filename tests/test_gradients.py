@@ -236,7 +236,7 @@ FUSED = (
 
 @pytest.mark.parametrize("noise", [1e-3, 0.1, 1.0])
 def test_ordinary_rows_are_done_by_one_kernel(noise: float, monkeypatch: Any) -> None:
-    cpu = pytest.importorskip("klfast.kernels.cpu")
+    differentiation = pytest.importorskip("klfast.kernels.cpu.differentiation")
     rng = np.random.default_rng(7)
     p = (2.0 * rng.normal(size=(6, 4099))).astype(np.float32)
     q = (p + noise * rng.normal(size=p.shape)).astype(np.float32)
@@ -245,7 +245,7 @@ def test_ordinary_rows_are_done_by_one_kernel(noise: float, monkeypatch: Any) ->
     def refuse(*_: Any) -> None:
         raise AssertionError("rows were left to float64")
 
-    monkeypatch.setattr(cpu, "_exact_gradient", refuse)
+    monkeypatch.setattr(differentiation, "_exact_gradient", refuse)
     for name in FUSED:
         value, gradients = both(name, p, q)
         np.testing.assert_allclose(value, true_value(name, p, q), rtol=1e-6)

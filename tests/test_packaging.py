@@ -2,6 +2,7 @@
 
 import ast
 import shutil
+import re
 import subprocess
 import sys
 import tarfile
@@ -109,7 +110,7 @@ def test_metadata(installed: Path) -> None:
     metadata = (info / "METADATA").read_text()
     assert f"Version: {klfast.__version__}" in metadata
     required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist:")]
-    core = {line.split()[1].split(">")[0] for line in required if "extra ==" not in line}
+    core = {re.split("[<>]", line.split()[1])[0] for line in required if "extra ==" not in line}
     assert core == {"numpy", "numba"}
     assert "klfast = klfast.cli:main" in (info / "entry_points.txt").read_text()
 

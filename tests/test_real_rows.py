@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from klfast.kernels import cpu
+from klfast.kernels.cpu import runs
 from numpy.typing import NDArray
 
 import klfast
@@ -37,14 +37,14 @@ def model_rows(dtype: str) -> tuple[NDArray[Any], NDArray[Any]]:
 def test_few_rows_need_float64(name: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     p, q = model_rows(dtype)
     handed_over = 0
-    original = cpu._step_exact
+    original = runs.run_exact
 
     def spy(step: Any, p: Any, q: Any, rows: Any, *rest: Any, **options: Any) -> None:
         nonlocal handed_over
         handed_over += p.count if rows is None else len(rows)
         original(step, p, q, rows, *rest, **options)
 
-    monkeypatch.setattr(cpu, "_step_exact", spy)
+    monkeypatch.setattr(runs, "run_exact", spy)
     if name == "both":
         found = klfast.compare(p, q, ("kl", "reverse_kl"), dtype="float64")
         pairs = [

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from klfast._arrays import Rows
 
-from . import Values, _address, _cut, _launch
 from .native import kernel
+from .runs import Values, address, cut, launch
 
 __all__ = ["add_pairs", "count_sums", "fill_table", "gaussian_kl", "moments"]
 
@@ -43,18 +43,18 @@ def gaussian_kl(
     """
     first = rows[0]
     n, width = first.count, first.width
-    chunk, parts, part_width = _cut(n, width)
+    chunk, parts, part_width = cut(n, width)
     out = np.empty((n, parts))
     counter, doubtful = np.zeros(1, np.int64), np.zeros(1)
     function = _kernel("gaussian", (first.dtype, len(rows) == 2, bool(into)), "q" * 21)
     places = [(each.address, each.row_stride) for each in rows] + [(0, 0)] * (4 - len(rows))
-    targets = [_address(each) for each in into] + [0] * (4 - len(into))
-    _launch(
+    targets = [address(each) for each in into] + [0] * (4 - len(into))
+    launch(
         function,
         (
             *(number for place in places for number in place),
-            width, n, _address(counter), chunk, parts, part_width, _address(out),
-            _address(doubtful), _address(scales),
+            width, n, address(counter), chunk, parts, part_width, address(out),
+            address(doubtful), address(scales),
             *targets,
         ),
         n * width * len(rows),
@@ -76,10 +76,10 @@ def add_pairs(
     n, m = shape
     function = _kernel("pairwise", (operation,), "q" * 10)
     arguments = (
-        _address(x), n, _address(y), m, x.shape[1], depth, _address(counter), _address(out),
+        address(x), n, address(y), m, x.shape[1], depth, address(counter), address(out),
         out.shape[1], int(x is y and operation != "product"),
     )  # fmt: skip
-    _launch(function, arguments, n * m * depth, alone=False)
+    launch(function, arguments, n * m * depth, alone=False)
 
 
 def fill_table(
@@ -104,11 +104,11 @@ def fill_table(
     masses, own = sums
     function = _kernel("tables", (rows.dtype, kind), "q" * 13 + "d" * 3)
     arguments = (
-        rows.address, rows.row_stride, rows.count, part.start, part.stop, _address(counter),
-        _address(references), _address(rests), _address(table), table.shape[1],
-        _address(masses), _address(own), _address(zeros), 1.0 / rows.temperature, factor, nothing,
+        rows.address, rows.row_stride, rows.count, part.start, part.stop, address(counter),
+        address(references), address(rests), address(table), table.shape[1],
+        address(masses), address(own), address(zeros), 1.0 / rows.temperature, factor, nothing,
     )  # fmt: skip
-    _launch(function, arguments, 4 * table.size, alone=False)
+    launch(function, arguments, 4 * table.size, alone=False)
     return bool(zeros[0])
 
 
@@ -121,12 +121,12 @@ def count_sums(p: NDArray[Any], q: NDArray[Any], smoothing: float, drop: bool) -
     out = np.empty((n, COUNT_COLUMNS))
     counter = np.zeros(1, np.int64)
     function = _kernel("counts", (p.dtype.name,), "q" * 10 + "d")
-    chunk = _cut(n, width)[0]
+    chunk = cut(n, width)[0]
     arguments = (
-        p.ctypes.data, p.strides[0], q.ctypes.data, q.strides[0], width, n, _address(counter),
-        chunk, int(drop), _address(out), smoothing,
+        p.ctypes.data, p.strides[0], q.ctypes.data, q.strides[0], width, n, address(counter),
+        chunk, int(drop), address(out), smoothing,
     )  # fmt: skip
-    _launch(function, arguments, 2 * p.size, alone=False)
+    launch(function, arguments, 2 * p.size, alone=False)
     return out
 
 
@@ -142,9 +142,9 @@ def moments(log_p: Rows, log_q: Rows, estimator: str) -> tuple[Values, Values]:
     function = _kernel("moments", (log_p.dtype, estimator), "q" * 10)
     arguments = (
         log_p.address, log_p.row_stride, log_q.address, log_q.row_stride, width, n,
-        _address(counter), parts, SAMPLES, _address(out),
+        address(counter), parts, SAMPLES, address(out),
     )  # fmt: skip
-    _launch(function, arguments, 2 * n * width, alone=False)
+    launch(function, arguments, 2 * n * width, alone=False)
     sizes = np.minimum(SAMPLES, width - SAMPLES * np.arange(parts))
     with np.errstate(invalid="ignore"):
         mean = (out[..., 0] * sizes).sum(1) / width
