@@ -1,8 +1,8 @@
 """What is installed is complete, and importing it is light."""
 
 import ast
-import shutil
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
