@@ -265,5 +265,7 @@ def test_names_of_statistics() -> None:
     names = Evaluation().metrics
     for name in ("kl.mean", "kl.high", "tv.p0_1", "flips.rate", "nan_rows", "noise_floor"):
         check_statistic(name, names)
-    with pytest.raises(ValueError, match=r"'perplexity\.ratio'; the nearest is"):
+    with pytest.raises(ValueError, match=r"'kl\.maen'; the nearest is 'kl\.mean'"):
+        check_statistic("kl.maen", names)
+    with pytest.raises(ValueError, match=r"'perplexity\.ratio' needs targets"):
         check_statistic("perplexity.ratio", names)

@@ -116,8 +116,9 @@ def shard(
     rows: Numbers | None,
     tokens: Numbers | None,
     symmetric: bool = False,
+    alone: bool = True,
 ) -> Shard:
-    """As `Backend.shard`, always symmetric."""
+    """As `Backend.shard`, always symmetric, and with each L on its own."""
     sides = 1 if q is None else 2
     masses = [np.full((p.count, 3), np.nan) for _ in range(sides)]
     ratio = np.full(p.count, np.nan)

@@ -106,7 +106,8 @@ def test_more_shared_memory_than_usual_is_asked_for(twin: Any) -> None:
 def test_an_operation_without_a_fast_kernel_is_exact(twin: Any) -> None:
     launches = import_module("klfast.kernels.cuda.launches")
     plans = import_module("klfast.kernels.plans")
-    rows = import_module("klfast._arrays").plain_rows(P)
+    arrays = import_module("klfast._arrays")
+    rows = arrays.plain_rows(P, arrays.NUMPY)
     steps = [plans.Step("two_phase", "new", "pq"), plans.Step("two_phase", "js", "pq", 0.5)]
     assert [each.module for each in launches.schedule(steps, rows, rows)] == ["two_phase", "exact"]
 
