@@ -187,7 +187,8 @@ def test_the_floor_is_one_outcome(backend: Any) -> None:
 def test_kernel_and_reference_decode_the_same_bits() -> None:
     sources = BaseLogits(BASE), BaseLogits(TEST)
     targets = sources[0].targets.ravel()
-    pairs = [FlooredPair(*sources, targets, backend) for backend in ("cpu", "reference")]
+    rows = np.arange(len(targets))
+    pairs = [FlooredPair(*sources, targets, rows, backend) for backend in ("cpu", "reference")]
     fast, slow = (pair.block(3, pair.read(3, 20)) for pair in pairs)
     for one, other in ((fast.p, slow.p), (fast.q, slow.q)):
         np.testing.assert_array_equal(one[:, :-1], other[:, :-1])
