@@ -295,7 +295,7 @@ KEEP = (np.arange(5) >= np.array([1, 0, 2, 5, 1, 3, 1, 0])[:, None]) & (np.arang
 def test_files_without_the_rows_that_are_left_out(
     tmp_path: Path, chunk_rows: int, dtype: type
 ) -> None:
-    base = TEXTS[0].astype(dtype)
+    base: Any = TEXTS[0].astype(dtype)
     base[0, 2, :] = np.nan
     padded = np.where(KEEP, TEXT_TARGETS, -100)
     for name, array in (("base", base), ("test", TEXTS[1]), ("targets", padded), ("keep", KEEP)):
