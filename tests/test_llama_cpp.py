@@ -309,6 +309,17 @@ def test_flips_where_tops_are_at_the_other_floor(tmp_path: Path) -> None:
     assert result.columns["flip"].tolist() == [1] * 4  # a right answer is lost
 
 
+def test_rows_that_are_left_out() -> None:
+    whole = evaluate(BASE, TEST)
+    keep = np.arange(whole.rows) % 3 == 1
+    targets = np.where(keep, whole.columns["target"], 10**6)
+    for result in (evaluate(BASE, TEST, where=keep), evaluate(BASE, TEST, targets, where=keep)):
+        for name, column in whole.columns.items():
+            np.testing.assert_array_equal(result.columns[name], column[keep])
+        assert result.row_numbers.tolist() == np.flatnonzero(keep).tolist()
+        assert result.noise_floor == pytest.approx(whole.noise_floor, rel=0.5)
+
+
 def test_the_accumulator_takes_the_file() -> None:
     evaluation = Evaluation()
     evaluation.update(open_logits(BASE), open_logits(TEST))
