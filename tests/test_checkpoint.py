@@ -75,6 +75,17 @@ def test_interrupted_at_every_chunk(files: Path, seconds: float) -> None:
         assert found[0].noise_floor == expected[0].noise_floor is not None
 
 
+def test_interrupted_with_rows_left_out(files: Path) -> None:
+    keep = (np.arange(40) % 7 > 2) & (np.arange(40) // 9 != 2)
+    expected = job(checkpoint=None, where=keep)
+    for rows in (9, 30):
+        stop_after(rows, resume=True, where=keep)
+    with pytest.raises(SourceError, match="belongs to another job: where was"):
+        job(resume=True, where=~keep)
+    assert same(job(resume=True, where=keep), expected)
+    assert expected[0].row_numbers.tolist() == np.flatnonzero(keep).tolist()
+
+
 def test_interrupted_again_and_again(files: Path) -> None:
     for rows in (3, 12, 15, 39):
         stop_after(rows, resume=True)

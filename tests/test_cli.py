@@ -56,6 +56,31 @@ def leftovers(*expected: str) -> set[str]:
     return set(os.listdir()) - {"base.npy", "test.npy", "targets.npy", *expected}  # noqa: PTH208
 
 
+def test_rows_that_are_left_out(run: Run) -> None:
+    keep = np.arange(30) % 4 > 1
+    np.save("keep.npy", keep)
+    np.save("padded.npy", np.where(keep, TARGETS, -100))
+    files = ("compare", "base.npy", "test.npy", "--targets", "padded.npy", "--json", "-")
+    status, out, err = run(*files, "--where", "keep.npy", "--columns")
+    assert (status, err) == (0, "")
+    content = json.loads(out)
+    assert content["columns"]["row"] == np.flatnonzero(keep).tolist()
+    assert content["rows"] == keep.sum()
+    ignoring = json.loads(run(*files, "--ignore-index", "-100")[1])
+    assert ignoring["measures"] == content["measures"]
+    assert ignoring["worst_rows"] == content["worst_rows"]
+    status, _, err = run(*files)
+    assert (status, err.count("\n")) == (1, 1)
+    assert "target -100 at row 0" in err
+    np.save("none.npy", keep & False)
+    status, _, err = run(*files, "--where", "none.npy")
+    assert (status, err) == (1, "klfast: all 30 rows are left out; there is nothing to compare\n")
+    status, _, err = run(*files, "--where", "padded.npy")
+    assert (status, err) == (1, "klfast: padded.npy: holds int64; where must be booleans\n")
+    status, _, err = run("compare", "base.npy", "test.npy", "--ignore-index", "x")
+    assert (status, "'x' is not a whole number" in err) == (2, True)
+
+
 def test_compare_prints_a_table(run: Run) -> None:
     status, out, err = run("compare", "base.npy", "test.npy", "--targets", "targets.npy")
     assert (status, err) == (0, "")

@@ -58,6 +58,17 @@ if __name__ == "__main__":
         address = cluster.scheduler_address
         with Client(address) as client:
             pids = list(client.run(os.getpid).values())
+        for keep in (np.arange(60) % 7 < 3, np.arange(60) > 40):
+            np.save("where.npy", keep)
+            part = job(where="where.npy")
+            assert job(where="where.npy", dask=address) == part
+            assert part.row_numbers.tolist() == np.flatnonzero(keep).tolist()
+        try:
+            job(where=keep, dask=address)
+        except klfast.SourceError as error:
+            assert str(error) == "where is of type ndarray; a cluster needs paths", error
+        else:
+            raise AssertionError("no error")
         seen = []
 
         def progress(done, total):

@@ -286,6 +286,113 @@ def test_rows_that_where_drops_do_not_count() -> None:
     np.testing.assert_array_equal(evaluation.columns["position"], position)
 
 
+#: Rows to keep of the eight texts: no beginnings, one text not at all.
+KEEP = (np.arange(5) >= np.array([1, 0, 2, 5, 1, 3, 1, 0])[:, None]) & (np.arange(5) < 4)
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 7, 1000])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_files_without_the_rows_that_are_left_out(
+    tmp_path: Path, chunk_rows: int, dtype: type
+) -> None:
+    base: Any = TEXTS[0].astype(dtype)
+    base[0, 2, :] = np.nan
+    padded = np.where(KEEP, TEXT_TARGETS, -100)
+    for name, array in (("base", base), ("test", TEXTS[1]), ("targets", padded), ("keep", KEEP)):
+        np.save(tmp_path / f"{name}.npy", array)
+    files = [tmp_path / f"{name}.npy" for name in ("base", "test", "targets")]
+    numbers = np.flatnonzero(KEEP)
+    alone = evaluate(base[KEEP], TEXTS[1][KEEP], TEXT_TARGETS[KEEP], chunk_rows=chunk_rows,
+                     sequences=numbers // 5)  # fmt: skip
+    for options in ({"where": tmp_path / "keep.npy"}, {"where": KEEP.ravel()},
+                    {"ignore_index": -100}, {"where": KEEP, "ignore_index": -100}):  # fmt: skip
+        result = evaluate(*files, chunk_rows=chunk_rows, **options)
+        for name, column in alone.columns.items():
+            if name != "position":
+                np.testing.assert_array_equal(result.columns[name], column)
+        assert (result.rows, result.left_out) == (KEEP.sum(), 40 - KEEP.sum())
+        assert result.noise_floor == alone.noise_floor
+        np.testing.assert_array_equal(result.row_numbers, numbers)
+        np.testing.assert_array_equal(result.columns["position"], numbers % 5)
+        assert result.nan_rows.tolist() == [2]
+        found, expected = result.summary(), alone.summary()
+        assert found.measures == expected.measures
+        assert found.perplexity == expected.perplexity
+        worst = [each.row for each in found.worst_rows]
+        assert worst == [numbers[each.row] for each in expected.worst_rows]
+    assert f"where {40 - KEEP.sum()} of 40 rows are left out" in str(result)
+    part = evaluate(*files, where=KEEP & (np.arange(5) > 1))
+    with pytest.raises(ValueError, match="accepted: evaluations of the same rows"):
+        result.versus(part)
+    shifted = evaluate(*files[:2], where=np.roll(KEEP, 1, 0))
+    with pytest.raises(ValueError, match="have other rows of the files; accepted"):
+        result.versus(shifted, "kl")
+
+
+def test_row_numbers_of_what_is_left_out_go_everywhere(tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    result = evaluate(*TEXTS, TEXT_TARGETS, where=KEEP)
+    result.write_parquet(tmp_path / "rows.parquet")
+    table = parquet.read_table(tmp_path / "rows.parquet")
+    assert table["row"].to_numpy().tolist() == np.flatnonzero(KEEP).tolist()
+    assert table["position"].to_numpy().tolist() == (np.flatnonzero(KEEP) % 5).tolist()
+    assert table.column_names.count("row") == 1
+    assert Evaluation.from_dict(result.to_dict()) == result
+    both = Evaluation()
+    for _ in range(2):
+        both.merge(result)
+    assert both.row_numbers.tolist() == [*np.flatnonzero(KEEP), *np.flatnonzero(KEEP) + 40]
+    with pytest.raises(ValueError, match="these rows have the columns"):
+        both.merge(evaluate(*TEXTS, TEXT_TARGETS))
+
+
+def test_chunks_that_are_left_out_are_not_read() -> None:
+    reads: list[int] = []
+
+    class Recorded:
+        name, dtype, shape = "base", "float32", BASE.shape
+
+        def read(self, start: int, stop: int) -> Any:
+            reads.append(start)
+            return BASE[start:stop]
+
+    seen: list[tuple[int, int]] = []
+    keep = np.isin(np.arange(40), [12, 38])
+    result = evaluate(Recorded(), TEST, where=keep, chunk_rows=10,
+                      progress=lambda *done: seen.append(done))  # fmt: skip
+    assert reads == [10, 30]
+    assert seen == [(20, 40), (30, 40), (40, 40)]
+    assert result.row_numbers.tolist() == [12, 38]
+    nothing = evaluate(BASE, TEST, where=keep & False)
+    assert (nothing.rows, nothing.summary().rows, nothing.left_out) == (0, 0, 40)
+
+
+def test_another_vocabulary_is_refused() -> None:
+    evaluation = Evaluation()
+    evaluation.update(BASE, TEST)
+    before = Evaluation.from_dict(evaluation.to_dict())
+    reason = "these rows have a vocabulary of 50, and those before had 60; accepted: the same"
+    with pytest.raises(ValueError, match=reason):
+        evaluation.update(BASE[:, :50], TEST[:, :50])
+    with pytest.raises(ValueError, match=reason):
+        evaluation.merge(evaluate(BASE[:, :50], TEST[:, :50]))
+    head = klfast.LinearLogits(BASE[:, :8], BASE[:8, :50].T)
+    with pytest.raises(ValueError, match=reason):
+        evaluation.update(head, head)
+    assert evaluation == before
+    padded = Evaluation(vocab_size=50)  # the common part of both is the same vocabulary
+    padded.update(BASE, TEST)
+    padded.update(BASE[:, :50], TEST[:, :50])
+    np.testing.assert_array_equal(padded.columns["kl"][:40], padded.columns["kl"][40:])
+
+
+def test_an_evaluation_is_not_merged_with_itself() -> None:
+    evaluation = evaluate(BASE, TEST)
+    with pytest.raises(ValueError, match="cannot merge an evaluation with itself"):
+        evaluation.merge(evaluation)
+    assert evaluation.rows == 40
+
+
 def test_dictionaries_are_complete() -> None:
     evaluation = filled(slice(0, 3), metrics=["renyi:2", "same_top"], temperature=(1.0, 2.0))
     base = TEXTS[0][3:].copy()
@@ -523,7 +630,13 @@ def test_refusals() -> None:
     assert "target 60 at row 7 is outside the vocabulary, 0 to 59" in refusal(BASE, TEST, wrong)
     wrong[:] = -100
     assert "target -100 at row 0 is outside" in refusal(BASE, TEST, wrong)
-    assert "(Evaluation.update leaves rows out by where=)" in refusal(BASE, TEST, wrong)
+    assert "leave such rows out with where, or with ignore_index=-100" in refusal(BASE, TEST, wrong)
+    keep = np.ones((40,), bool)
+    assert "where: has shape (39,); the logits have 40 rows" in refusal(BASE, TEST, where=keep[1:])
+    assert "where: holds int64; where must be booleans" in refusal(BASE, TEST, where=1 * keep)
+    assert "ignore_index is -100, but targets is None" in refusal(BASE, TEST, ignore_index=-100)
+    assert "target 60 at row 3" in refusal(BASE, TEST, np.where(np.arange(40) == 3, 60, -100),
+                                           ignore_index=-100)  # fmt: skip
     assert "targets must be integers" in refusal(BASE, TEST, TARGETS / 1)
     assert "metric 'nll_p' needs targets" in refusal(BASE, TEST, metrics=["nll_p"])
     assert "'renyl'" in refusal(BASE, TEST, metrics=["renyl:2"])

@@ -187,7 +187,8 @@ def test_the_floor_is_one_outcome(backend: Any) -> None:
 def test_kernel_and_reference_decode_the_same_bits() -> None:
     sources = BaseLogits(BASE), BaseLogits(TEST)
     targets = sources[0].targets.ravel()
-    pairs = [FlooredPair(*sources, targets, backend) for backend in ("cpu", "reference")]
+    rows = np.arange(len(targets))
+    pairs = [FlooredPair(*sources, targets, rows, backend) for backend in ("cpu", "reference")]
     fast, slow = (pair.block(3, pair.read(3, 20)) for pair in pairs)
     for one, other in ((fast.p, slow.p), (fast.q, slow.q)):
         np.testing.assert_array_equal(one[:, :-1], other[:, :-1])
@@ -306,6 +307,17 @@ def test_flips_where_tops_are_at_the_other_floor(tmp_path: Path) -> None:
     )
     assert result.columns["same_top"].tolist() == [0] * 4
     assert result.columns["flip"].tolist() == [1] * 4  # a right answer is lost
+
+
+def test_rows_that_are_left_out() -> None:
+    whole = evaluate(BASE, TEST)
+    keep = np.arange(whole.rows) % 3 == 1
+    targets = np.where(keep, whole.columns["target"], 10**6)
+    for result in (evaluate(BASE, TEST, where=keep), evaluate(BASE, TEST, targets, where=keep)):
+        for name, column in whole.columns.items():
+            np.testing.assert_array_equal(result.columns[name], column[keep])
+        assert result.row_numbers.tolist() == np.flatnonzero(keep).tolist()
+        assert result.noise_floor == pytest.approx(whole.noise_floor, rel=0.5)
 
 
 def test_the_accumulator_takes_the_file() -> None:

@@ -139,6 +139,20 @@ def test_worst_tokens_with_their_text(tmp_path: Path) -> None:
         assert line[-1] == words
 
 
+def test_text_begins_after_rows_that_are_left_out(tmp_path: Path) -> None:
+    names = [f"w{i}" for i in range(60)]
+    (tmp_path / "vocab.txt").write_text("\n".join(names))
+    keep = np.ones(TARGETS.shape, bool)
+    keep[:, 1] = False
+    found = evaluate(BASE, TEST, TARGETS, where=keep)
+    path = write_report(found, tmp_path / "page", tokenizer=tmp_path / "vocab.txt", worst=1000)
+    lines = {each[0]: each[-1] for each in Page(path).cells if each}
+    for row in np.flatnonzero(keep):
+        text, place = divmod(int(row), 5)
+        known = TARGETS[text, 2 if place else 0 : place + 1]
+        assert lines[str(row)] == "".join(names[t] for t in known)
+
+
 def test_vocabularies(tmp_path: Path) -> None:
     def vocabulary(content: Any) -> Vocabulary:
         path = tmp_path / "tokenizer.json"

@@ -19,8 +19,8 @@ from klfast._sources import (
     ArraySource,
     LogitSource,
     SourceError,
+    open_column,
     open_logits,
-    open_targets,
 )
 
 LOGITS = np.random.default_rng(1).standard_normal((6, 4, 50)).astype(np.float32)
@@ -160,9 +160,9 @@ def test_targets(tmp_path: Path, save: Save) -> None:
             (np.savez if save is save_npz else np.savez_compressed)(file, targets=targets)
         else:
             save_file({"targets": targets}, file)
-    np.testing.assert_array_equal(open_targets(file), targets)
+    np.testing.assert_array_equal(open_column(file), targets)
     with pytest.raises(SourceError, match="targets must be integers"):
-        open_targets(save_npy(tmp_path / "y", ROWS))
+        open_column(save_npy(tmp_path / "y", ROWS))
 
 
 # What cannot be read

@@ -155,9 +155,16 @@ def _portable(job: Job) -> str:
             raise SourceError(f"{what} is of type {type(each).__name__}; a cluster needs paths")
         named[what] = None if each is None else str(Path(each).absolute())
     files = [identity(source)["files"] for source in (job.base, *job.tests)]
+    files += [_state(each) for what in columns if (each := named[what]) is not None]
     return json.dumps(
         {"named": named, "tests": len(tests), "options": options, "files": files}, sort_keys=True
     )
+
+
+def _state(path: str) -> list[int]:
+    """Size and time of change of a file, by which it is known to have changed."""
+    found = Path(path).stat()
+    return [found.st_size, found.st_mtime_ns]
 
 
 @lru_cache(maxsize=1)
@@ -170,7 +177,8 @@ def _opened(arguments: str) -> Job:
     tests = [named[f"test {number + 1}"] for number in range(given["tests"])]
     temperature = options["temperature"]
     options["temperature"] = tuple(temperature) if isinstance(temperature, list) else temperature
-    return Job(named["base"], tests, named["targets"], sequences=named["sequences"], **options)
+    columns = {name: named[name] for name in ("targets", "sequences", "where")}
+    return Job(named["base"], tests, **columns, **options)
 
 
 def _measured(starts: Sequence[int], arguments: str) -> bytes:

@@ -42,10 +42,10 @@ def decode(text: Mapping[str, str]) -> Column:
 def write_parquet(path: str | os.PathLike[str], evaluations: Sequence[Evaluation]) -> None:
     """Write the columns of all candidates below each other, all of them or nothing.
 
-    Columns are ``candidate`` (name of the test model), ``row``, and those of `Evaluation.columns`,
-    null where a candidate has no such column; same_top is a boolean. What was compared and how
-    stands in the file's metadata as JSON, under ``klfast``. Raises ImportError where pyarrow is
-    missing.
+    Columns are ``candidate`` (name of the test model), ``row`` (its number, as `row_numbers`), and
+    those of `Evaluation.columns`, null where a candidate has no such column; same_top is a boolean.
+    What was compared and how stands in the file's metadata as JSON, under ``klfast``. Raises
+    ImportError where pyarrow is missing.
     """
     arrow, parquet = _pyarrow()
     about = [
@@ -55,12 +55,13 @@ def write_parquet(path: str | os.PathLike[str], evaluations: Sequence[Evaluation
     union: dict[str, Column] = {}
     for each in evaluations:
         union = each.columns | union
+    union.pop("row", None)
     schema = _schema(arrow, union, json.dumps(about))
     writer = None
     with replacing(path) as temporary:
         try:
             for number, evaluation in enumerate(evaluations):
-                columns = evaluation.columns
+                columns, numbers = evaluation.columns, evaluation.row_numbers
                 if writer is None:
                     writer = parquet.ParquetWriter(temporary, schema, compression="zstd")
                 for start in range(0, evaluation.rows, _ROWS_AT_ONCE):
@@ -68,7 +69,7 @@ def write_parquet(path: str | os.PathLike[str], evaluations: Sequence[Evaluation
                     indices = arrow.array(np.full(stop - start, number, np.int32))
                     arrays = [
                         arrow.DictionaryArray.from_arrays(indices, dictionary),
-                        arrow.array(np.arange(start, stop)),
+                        arrow.array(numbers[start:stop]),
                     ]
                     for name in union:
                         if name not in columns:

@@ -39,7 +39,7 @@ ALL_METRICS = (
 # Numbers of explicit mantissa bits, and the smallest exponent of a normal number.
 _SIXTEEN_BITS = {"float16": (10, -14), "bfloat16": (7, -126)}
 _FORMAT = {"format": "klfast evaluation", "version": 1}
-_BOOKKEEPING = ("target", "sequence", "position", "flip")
+_BOOKKEEPING = ("target", "sequence", "row", "position", "flip")
 
 
 class Rows(NamedTuple):
@@ -53,6 +53,8 @@ class Rows(NamedTuple):
     targets: Any = None
     where: Any = None
     sequences: NDArray[np.int64] | None = None
+    numbers: NDArray[np.int64] | None = None  # where rows of a file are left out: which each is,
+    positions: NDArray[np.int64] | None = None  # and how many rows of its sequence are before it
     noise_at: Sequence[int] = ()  # rows of which to estimate the effect of rounding to 16 bits
 
 
@@ -147,7 +149,12 @@ class Evaluation:
         Raises
         ------
         ValueError, TypeError, IndexError
-            As `klfast.compare`, and if this batch has targets or sequences and others have not.
+            As `klfast.compare`, and if this batch has targets or sequences and others have not,
+            or another vocabulary.
+
+        Notes
+        -----
+        Rows are numbered, and their positions counted, among those that are kept.
         """
         began = time.perf_counter()
         if hasattr(base, "read") or hasattr(test, "read"):
@@ -159,15 +166,22 @@ class Evaluation:
     def merge(self, other: Evaluation) -> None:
         """Add all rows of another evaluation after those that are here.
 
-        Both must have the same settings, and targets and sequences both or neither. Sequences
-        that `update` numbered by itself stay apart; equal labels that it was given are one.
+        Both must have the same settings and vocabulary, and targets, sequences and `where` (of
+        `klfast.evaluate`) both or neither. Sequences that `update` numbered by itself stay apart;
+        equal labels that it was given are one.
         """
+        if other is self:
+            raise ValueError(
+                "cannot merge an evaluation with itself: all its rows would count twice; "
+                "accepted: another one"
+            )
         for key, value in self._settings().items():
             if other._settings()[key] != value:
                 raise ValueError(
                     f"cannot merge: {key} is {value!r} here, and {other._settings()[key]!r} in "
                     "the other evaluation"
                 )
+        self._check_width(other.base["shape"])
         self._check_known(other._known)
         self._check_columns(other._columns)
         self._known |= other._known
@@ -175,8 +189,9 @@ class Evaluation:
             rows = (self.rows if self.stored_noise is not None else 0), other.rows
             total = rows[0] * (self.stored_noise or 0.0) + rows[1] * other.stored_noise
             self.stored_noise = total / max(sum(rows), 1)
+        shifts = {"sequence": self._numbered, "row": _rows_given(self.base)}
         for name, parts in other._columns.items():
-            shift = self._numbered if name == "sequence" else 0
+            shift = shifts.get(name, 0)
             mine = self._columns.setdefault(name, [])
             mine += [part + shift for part in parts] if shift else parts
         self._numbered += other._numbered
@@ -233,6 +248,10 @@ class Evaluation:
                 columns["flip"] = self._flips(block, values["same_top"], columns["target"])
         if rows.sequences is not None:
             columns["sequence"] = rows.sequences
+        if rows.numbers is not None:
+            columns["row"] = rows.numbers
+        if rows.positions is not None:
+            columns["position"] = rows.positions
         if rows.where is not None:
             keep = _on_host(rows.where)
             columns = {name: column[keep] for name, column in columns.items()}
@@ -258,6 +277,7 @@ class Evaluation:
                 f"test has shape {tuple(test.shape)}, but base has {tuple(base.shape)}; "
                 "all axes but the last must be the same"
             )
+        self._check_width(base.shape)
         count = math.prod(lead)
         labels = None
         if sequences is not None:
@@ -299,11 +319,14 @@ class Evaluation:
             base, [test], targets, sequences=sequences, where=where, metrics=self._metrics,
             **self._options,
         )  # fmt: skip
+        self._check_width(job.base.shape)
         (filled,) = job.evaluations
         if sequences is None and job.sequences is not None:
             filled._numbered = int(job.sequences.max(initial=-1)) + 1
         job.run()
         filled.seconds = 0.0  # the caller has a clock of its own
+        for name in ("row", "position"):  # which are counted among the rows that are kept
+            filled._columns.pop(name, None)
         filled.base["name"], filled.test["name"] = self.base["name"], self.test["name"]
         self.merge(filled)
 
@@ -313,6 +336,11 @@ class Evaluation:
     def rows(self) -> int:
         """How many rows were compared, those that hold NaN included."""
         return sum(map(len, next(iter(self._columns.values()), [])))
+
+    @property
+    def left_out(self) -> int:
+        """How many rows there are that were not compared, because of `where`."""
+        return _rows_given(self.base) - self.rows
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -333,10 +361,10 @@ class Evaluation:
         That is, where it is known: ``target`` (the token), ``flip`` (0: the most probable token is
         the same, or NaN; another one: 1, a right answer is lost, 2, one is gained, 3, both are
         wrong), ``sequence`` (a label) and ``position`` (how many rows before it belong to the
-        same sequence).
+        same sequence); and ``row``, as in `row_numbers`, where `klfast.evaluate` left rows out.
         """
         columns, _ = self.stored()
-        if "sequence" in columns:
+        if "sequence" in columns and "position" not in columns:
             columns["position"] = positions_of(columns["sequence"])
         return columns
 
@@ -350,15 +378,19 @@ class Evaluation:
         return {name: parts[0] for name, parts in self._columns.items()}, self._noise
 
     @property
+    def row_numbers(self) -> NDArray[np.int64]:
+        """The number of each row in the files, from 0: 0, 1, 2, ... if no rows are left out."""
+        columns, _ = self.stored()
+        return columns["row"] if "row" in columns else np.arange(self.rows)
+
+    @property
     def nan_rows(self) -> NDArray[np.int64]:
         """Numbers of the rows in which a measure is NaN.
 
         The row of logits holds NaN or +inf, or is -inf throughout. They are in `columns` and left
         out of all statistics.
         """
-        columns, _ = self.stored()
-        nan = np.logical_or.reduce([np.isnan(columns[name]) for name in self.metrics])
-        return np.flatnonzero(nan)
+        return self.row_numbers[self._has_nan()]
 
     @property
     def noise_floor(self) -> float | None:
@@ -392,7 +424,8 @@ class Evaluation:
         """
         resampling = Resampling(bootstrap, level, seed)
         columns, names = self.columns, self.metrics
-        valid = np.delete(np.arange(self.rows), self.nan_rows)
+        valid = np.flatnonzero(~self._has_nan())
+        numbers = self.row_numbers[valid]
         if len(valid) < self.rows:
             columns = {name: column[valid] for name, column in columns.items()}
         kept = {name: columns[name] for name in names}
@@ -418,7 +451,7 @@ class Evaluation:
             by_confidence=by_confidence(first, kept["top_p"]) if "top_p" in kept else (),
             by_position=by_position(first, columns["position"]) if "position" in columns else (),
             worst_rows=tuple(
-                WorstRow(int(valid[i]), {name: float(values[i]) for name, values in kept.items()})
+                WorstRow(int(numbers[i]), {name: float(values[i]) for name, values in kept.items()})
                 for i in order
             ),
         )  # fmt: skip
@@ -449,6 +482,11 @@ class Evaluation:
             raise ValueError(
                 f"{self.test['name']} has {self.rows} rows and {other.test['name']} has "
                 f"{other.rows}; accepted: evaluations of the same rows"
+            )
+        if not np.array_equal(self.row_numbers, other.row_numbers):
+            raise ValueError(
+                f"{self.test['name']} and {other.test['name']} have other rows of the files; "
+                "accepted: evaluations of the same rows"
             )
         columns = self.columns, other.columns
         return Difference.of(
@@ -541,6 +579,22 @@ class Evaluation:
     def _settings(self) -> dict[str, Any]:
         return {"metrics": self._metrics, **self._options}
 
+    def _has_nan(self) -> NDArray[np.bool_]:
+        columns, _ = self.stored()
+        found: NDArray[np.bool_] = np.logical_or.reduce(
+            [np.isnan(columns[name]) for name in self.metrics]
+        )
+        return found
+
+    def _check_width(self, shape: Sequence[int]) -> None:
+        """Raise where more rows have another vocabulary: one that is not cut is not the same."""
+        mine = self.base["shape"]
+        if mine and shape and mine[-1] != shape[-1] and self._options["vocab_size"] is None:
+            raise ValueError(
+                f"these rows have a vocabulary of {shape[-1]}, and those before had {mine[-1]}; "
+                "accepted: the same for all, or vocab_size, if the longer is padded"
+            )
+
     def _check_known(self, known: Mapping[str, str]) -> None:
         for name, now in known.items():
             before = self._known.get(name, now)
@@ -620,6 +674,11 @@ def _describe(mine: dict[str, Any], other: Mapping[str, Any]) -> None:
     elif other["shape"]:
         rows = math.prod(mine["shape"][:-1]) + math.prod(other["shape"][:-1])
         mine["shape"] = [rows, mine["shape"][-1]]
+
+
+def _rows_given(side: Mapping[str, Any]) -> int:
+    """How many rows a side has, those that were left out included."""
+    return math.prod(side["shape"][:-1]) if side["shape"] else 0
 
 
 def _plain(array: Any) -> Any:

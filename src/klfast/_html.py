@@ -255,13 +255,15 @@ def _worst(
 
 def _context(evaluation: Evaluation, row: int, vocabulary: Vocabulary) -> tuple[str, str]:
     """The text before the token that followed a row, and that token."""
-    columns = evaluation.columns
-    start = max(0, row - _CONTEXT)
+    columns, numbers = evaluation.columns, evaluation.row_numbers
+    place = int(np.searchsorted(numbers, row))
+    here = slice(max(0, place - _CONTEXT), place + 1)
+    # Not what belongs to another text, and not from before a row that was left out.
+    apart = np.diff(numbers[here]) != 1
     if "sequence" in columns:
-        labels = columns["sequence"][start : row + 1]
-        others = np.flatnonzero(labels != labels[-1])
-        start += int(others[-1]) + 1 if others.size else 0
-    tokens = columns["target"][start : row + 1].tolist()
+        apart |= np.diff(columns["sequence"][here]) != 0
+    breaks = np.flatnonzero(apart)
+    tokens = columns["target"][here][int(breaks[-1]) + 1 if breaks.size else 0 :].tolist()
     before, whole = vocabulary.text(tokens[:-1]), vocabulary.text(tokens)
     # What a token looks like may depend on the one before.
     token = whole[len(before) :] if whole.startswith(before) else vocabulary.text(tokens[-1:])

@@ -30,10 +30,12 @@ from ._sources import (
     LogitSource,
     ShardedSource,
     SourceError,
+    check_column,
     completed,
     open_available,
-    open_targets,
+    open_column,
 )
+from ._statistics import positions_of
 from .llama_cpp import BaseLogits, check_same_text
 
 Logits: TypeAlias = "str | os.PathLike[str] | LogitSource | Any"
@@ -70,7 +72,8 @@ class Job:
         targets: Any = None,
         *,
         sequences: Any = None,
-        where: NDArray[np.bool_] | None = None,
+        where: Any = None,
+        ignore_index: int | None = None,
         metrics: str | Sequence[str] | None = None,
         temperature: float | tuple[float, float] = 1.0,
         input: Literal["logits", "log_probs", "probs"] = "logits",
@@ -97,7 +100,6 @@ class Job:
             width = _common_width(self.base, test, vocab_size)
         lead = self.base.shape[:-1]
         self.rows = math.prod(lead)
-        self.where = where
         self.targets_from = None
         targets_given = targets
         if targets is None:
@@ -105,8 +107,27 @@ class Job:
             self.targets_from = known[0].name if known else None
         elif isinstance(targets, (str, os.PathLike)):
             self.targets_from = os.fspath(targets)
-        self.targets = None if targets is None else _tokens(targets, lead, width, where)
+        self.where = None if where is None else _column(where, "where", lead)[1]
+        if ignore_index is not None and not isinstance(ignore_index, (int, np.integer)):
+            raise TypeError(f"ignore_index is {ignore_index!r}; accepted: None, or a whole number")
+        self.targets = None
+        if targets is not None:
+            name, tokens = _column(targets, "targets", lead)
+            if ignore_index is not None:
+                wanted = tokens != ignore_index
+                self.where = wanted if self.where is None else self.where & wanted
+            self.targets = _checked_tokens(name, tokens.astype(np.int64), width, self.where)
+        elif ignore_index is not None:
+            raise ValueError(
+                f"ignore_index is {ignore_index}, but targets is None; accepted: None, without them"
+            )
         self.sequences = _labels(sequences, known[0].sequences if known else None, lead)
+        #: Numbers of the rows to compare, and the place of every row in its sequence, where rows
+        #: are left out: what is left does not tell.
+        self.kept = np.arange(self.rows) if self.where is None else np.flatnonzero(self.where)
+        self._positions = (
+            None if self.where is None or self.sequences is None else positions_of(self.sequences)
+        )
         sources = (self.base, *self.tests)
         #: Products take all cores for themselves: nothing is read ahead beside them.
         self.multiplies = any(isinstance(each, LinearLogits) for each in sources)
@@ -120,19 +141,17 @@ class Job:
         self.chunk_rows = chunk_rows
         #: What another process makes the same job of, if it is given by paths.
         self.given: tuple[Any, Sequence[Any], dict[str, Any], dict[str, Any]] = (
-            base, tests, {"targets": targets_given, "sequences": sequences},
-            {**self.settings, "key": key, "chunk_rows": chunk_rows},
+            base, tests, {"targets": targets_given, "sequences": sequences, "where": where},
+            {**self.settings, "key": key, "chunk_rows": chunk_rows, "ignore_index": ignore_index},
         )  # fmt: skip
         self.names = measures(metrics, self.targets is not None)
         self.evaluations = [self._started(number) for number in range(len(self.tests))]
         self.done = 0
         self._one_at_a_time = threading.Lock()
         rounded = {"float16", "bfloat16"} & {each.dtype for each in sources}
-        if rounded and input == "logits" and where is None:
-            sample = np.linspace(0, self.rows - 1, min(NOISE_ROWS, self.rows))
-            self._noise_rows = np.unique(sample.astype(np.int64))
-        else:
-            self._noise_rows = np.empty(0, np.int64)
+        self._noise_rows = (
+            _sample(self.kept) if rounded and input == "logits" else np.empty(0, np.int64)
+        )
 
     @property
     def memory(self) -> int:
@@ -148,7 +167,7 @@ class Job:
         rows += sum(2 * 4 * (width + 1) for each in self.pairs if isinstance(each, FlooredPair))
         read = self.chunk_rows * rows + sum(getattr(each, "memory", 0) for each in made)
         # Columns are joined at the end, and summarized from a copy.
-        columns = 2 * 8 * self.rows * len(self.tests) * (len(self.names) + 3)
+        columns = 2 * 8 * self.rows * len(self.tests) * (len(self.names) + 5)
         return _FIXED_BYTES + read + columns
 
     def run(
@@ -170,8 +189,9 @@ class Job:
             saved = Checkpoint(Path(checkpoint), self.identity(), resume)
             parts = list(saved.parts())
         covered = {row for start, stop, _ in parts for row in range(start, stop, self.chunk_rows)}
-        starts = [row for row in range(0, self.rows, self.chunk_rows) if row not in covered]
-        self.done = sum(stop - start for start, stop, _ in parts)
+        starts = [row for row in self._chunks() if row not in covered]
+        left = sum(min(self.chunk_rows, self.rows - start) for start in starts)
+        self.done = self.rows - left
         if progress is not None and self.done:
             progress(self.done, self.rows)
         if dask is None:
@@ -227,6 +247,14 @@ class Job:
             self._take(part)
         return self.evaluations
 
+    def _chunks(self) -> Sequence[int]:
+        """The first row of every chunk that has rows to compare: at least one, if there is one."""
+        chunks = range(0, self.rows, self.chunk_rows)
+        if self.where is None:
+            return chunks
+        numbers = np.unique(self.kept // self.chunk_rows)
+        return [chunks[number] for number in numbers] or chunks[:1]
+
     def _measured(self, starts: Sequence[int]) -> Measured:
         """The columns of these chunks, each with its first row.
 
@@ -268,8 +296,9 @@ class Job:
         """A chunk of the base and of each candidate."""
         stop = min(start + self.chunk_rows, self.rows)
         found = [each.read(start, stop) for each in self.pairs]
+        keep = None if self.where is None else self.where[start:stop]
         for array in itertools.chain(*found):
-            _touch(array)
+            _touch(array, keep)
         return found
 
     def _rows(self, start: int, read: Sequence[Read]) -> Iterator[Rows]:
@@ -283,6 +312,8 @@ class Job:
                 targets=None if self.targets is None else self.targets[part],
                 where=None if self.where is None else self.where[part],
                 sequences=None if self.sequences is None else self.sequences[part],
+                numbers=None if self.where is None else np.arange(start, stop),
+                positions=None if self._positions is None else self._positions[part],
                 noise_at=() if pair.noise_floor is not None else noisy.tolist(),
             )
 
@@ -295,7 +326,7 @@ class Job:
             if isinstance(base, BaseLogits) or isinstance(test, BaseLogits):
                 assert self.targets is not None  # such a file has them
                 side = base if isinstance(base, BaseLogits) else shared
-                pairs.append(FlooredPair(side, test, self.targets, backend))
+                pairs.append(FlooredPair(side, test, self.targets, _sample(self.kept), backend))
             else:
                 pairs.append(Pair(shared, test))
         return pairs
@@ -398,7 +429,8 @@ class Job:
             "klfast": __version__,
             "base": identity(self.base),
             "test": [identity(test) for test in self.tests],
-            **{key: _digest(each) for key, each in (("targets", self.targets),
+            **{key: _digest(each) for key, each in (("where", self.where),
+                                                    ("targets", self.targets),
                                                     ("sequences", self.sequences))},
             **self.settings,
             "metrics": list(self.names),
@@ -429,6 +461,8 @@ class JobOptions(TypedDict, total=False):
     """Keywords of `evaluate` that decide what is computed."""
 
     sequences: Any
+    where: Any
+    ignore_index: int | None
     metrics: str | Sequence[str] | None
     temperature: float | tuple[float, float]
     input: Literal["logits", "log_probs", "probs"]
@@ -483,6 +517,12 @@ def evaluate(
         Which text each row belongs to, as targets are given; None takes what the files say: in
         logits of shape (..., position, V) each text is one sequence. Confidence intervals are
         then made by drawing whole sequences.
+    where
+        Booleans, given as targets are: rows that are False, such as padding or prompts, are not
+        counted, and not read where files are mapped or a whole chunk is False; their targets may
+        be anything. Rows keep their numbers and their positions in the sequences.
+    ignore_index
+        Rows with this target are left out as well; -100 is what losses of PyTorch ignore.
     metrics
         Measures, as for `klfast.compare`; "all" stands for a dozen of them. The first one decides
         which rows are the worst. None is ``("kl", "reverse_kl", "tv", "same_top", "top_p")``.
@@ -616,15 +656,22 @@ def _stored_bytes(source: LogitSource) -> int:
     return known
 
 
-def _digest(column: NDArray[np.int64] | None) -> str | None:
+def _digest(column: NDArray[Any] | None) -> str | None:
     return None if column is None else hashlib.sha256(column.tobytes()).hexdigest()
 
 
-def _touch(rows: Any) -> None:
-    """Have the pages of a mapped file read from disk now."""
+def _sample(rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Some rows of these, spread evenly: of them the effect of 16 bits is estimated."""
+    places = np.linspace(0, len(rows) - 1, min(NOISE_ROWS, len(rows)))
+    return rows[np.unique(places.astype(np.int64))]
+
+
+def _touch(rows: Any, keep: NDArray[np.bool_] | None) -> None:
+    """Have the pages of a mapped file, of the rows to keep, read from disk now."""
     array = rows.words if isinstance(rows, Stored) else rows
     if isinstance(array, np.ndarray) and array.strides[-1:] == (array.itemsize,):
-        array[:, :: _READ_AHEAD // array.itemsize].max(initial=0)
+        pages = array[:, :: _READ_AHEAD // array.itemsize]
+        (pages if keep is None else pages[keep]).max(initial=0)
 
 
 def _common_width(base: LogitSource, test: LogitSource, vocab_size: int | None) -> int:
@@ -647,20 +694,19 @@ def _common_width(base: LogitSource, test: LogitSource, vocab_size: int | None) 
     return vocab_size
 
 
-def _tokens(
-    targets: Any, lead: tuple[int, ...], width: int, where: NDArray[np.bool_] | None
+def _checked_tokens(
+    name: str, tokens: NDArray[np.int64], width: int, where: NDArray[np.bool_] | None
 ) -> NDArray[np.int64]:
-    """Targets, checked, one a row; those of rows that ``where`` drops may be anything."""
-    name, tokens = _integers(targets, "targets", lead)
-    wrong = (tokens < 0) | (tokens >= width)
-    outside = np.flatnonzero(wrong if where is None else wrong & where)
+    """Targets, if they are of the vocabulary; those of rows that ``where`` drops become 0."""
+    if where is not None:
+        tokens = np.where(where, tokens, 0)
+    outside = np.flatnonzero((tokens < 0) | (tokens >= width))
     if outside.size:
         first = int(outside[0])
+        hint = f" (leave such rows out with where, or with ignore_index={tokens[first]})"
         raise SourceError(
             f"{name}: target {int(tokens[first])} at row {first} is outside the vocabulary, "
-            f"0 to {width - 1}"
-            + " (Evaluation.update leaves rows out by where=)"
-            * bool(tokens[first] < 0)
+            f"0 to {width - 1}" + hint * bool(tokens[first] < 0)
         )
     return tokens
 
@@ -668,21 +714,20 @@ def _tokens(
 def _labels(given: Any, own: Any, lead: tuple[int, ...]) -> NDArray[np.int64] | None:
     """The sequence of each row: as given, as the file says, or as the shape of the logits does."""
     if given is not None or own is not None:
-        return _integers(own if given is None else given, "sequences", lead)[1]
+        return _column(own if given is None else given, "sequences", lead)[1].astype(np.int64)
     if len(lead) < 2:
         return None
     return np.repeat(np.arange(math.prod(lead[:-1])), lead[-1])
 
 
-def _integers(given: Any, what: str, lead: tuple[int, ...]) -> tuple[str, NDArray[np.int64]]:
-    """Integers, one a row, from a file or an array, and what to call them."""
+def _column(given: Any, what: str, lead: tuple[int, ...]) -> tuple[str, NDArray[Any]]:
+    """What a file or an array has of each row, flat, and what to call it."""
     name = what
     if isinstance(given, (str, os.PathLike)):
-        name, given = os.fspath(given), open_targets(given)
+        name, given = os.fspath(given), open_column(given, what)
     array = np.asarray(given)
-    if not np.issubdtype(array.dtype, np.integer):
-        raise SourceError(f"{name}: holds {array.dtype}; {what} must be integers")
+    check_column(name, array.dtype, what)
     rows = math.prod(lead)
     if array.shape not in (lead, (rows,)):
         raise SourceError(f"{name}: has shape {array.shape}; the logits have {rows} rows, {lead}")
-    return name, array.reshape(-1).astype(np.int64)
+    return name, array.reshape(-1)

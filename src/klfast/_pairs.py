@@ -71,8 +71,8 @@ class FlooredPair(Pair):
     are also the columns floor_mass_p and floor_mass_q; negative log-likelihoods of the targets
     are those of the stored values as they are.
 
-    ``noise_floor`` is the mean KL that storing 16 bits causes by itself, see `Side.noise`, on a
-    sample of the rows.
+    ``noise_floor`` is the mean KL that storing 16 bits causes by itself, see `Side.noise`, on the
+    rows of ``sample``.
     """
 
     def __init__(
@@ -80,6 +80,7 @@ class FlooredPair(Pair):
         base: LogitSource,
         test: LogitSource,
         targets: NDArray[np.int64],
+        sample: NDArray[np.int64],
         backend: str,
     ) -> None:
         super().__init__(base, test)
@@ -88,8 +89,6 @@ class FlooredPair(Pair):
         self._kernels = _kernels(backend)
         # Memory that is asked for anew costs twice as much as what is written to it.
         self._space = np.empty((2, 0, 0), np.float32)
-        rows = math.prod(base.shape[:-1])
-        sample = np.unique(np.linspace(0, rows - 1, min(NOISE_ROWS, rows)).astype(np.int64))
         noise = [self._noise(int(row)) for row in sample]
         self.noise_floor: float | None = math.fsum(noise) / len(noise) if noise else None
 

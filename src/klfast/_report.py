@@ -226,6 +226,8 @@ def heading(evaluation: Evaluation, summary: Summary) -> list[tuple[str, str]]:
     texts = "" if summary.sequences is None else f" of {summary.sequences} sequences"
     rows = f"{evaluation.rows}{texts} in {evaluation.seconds:.3g} s ({rate:.3g} rows/s)"
     lines.append(("rows", rows))
+    if dropped := evaluation.left_out:
+        lines.append(("where", f"{dropped} of {dropped + evaluation.rows} rows are left out"))
     if summary.nan_rows:
         numbers = [str(row) for row in evaluation.nan_rows[:_NAMED_NAN_ROWS]]
         more = ", ..." if summary.nan_rows > len(numbers) else ""

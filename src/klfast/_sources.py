@@ -497,19 +497,26 @@ def open_available(path: str | os.PathLike[str], key: str | None = None) -> Logi
     return ArraySource(array, name, file)
 
 
-def open_targets(path: str | os.PathLike[str]) -> NDArray[Any]:
-    """The integers in a file of targets; the array must be the file's only one or ``targets``.
+def open_column(path: str | os.PathLike[str], what: str = "targets") -> NDArray[Any]:
+    """What a file has of each row; the array must be the file's only one or have this name.
 
-    Raises `SourceError` as `open_logits` does.
+    ``where`` must be booleans, everything else integers. Raises `SourceError` as `open_logits`
+    does.
     """
     name = os.fspath(path)
     with _reasons_named(name):
-        array = _open_array(Path(path), None, "targets")
-        if not np.issubdtype(array.dtype, np.integer):
-            raise SourceError(f"{name}: holds {array.dtype.name}; targets must be integers")
+        array = _open_array(Path(path), None, what)
+        check_column(name, array.dtype, what)
         if isinstance(array, _CompressedArray):
             return array.entries(0, math.prod(array.shape)).reshape(array.shape)
         return array
+
+
+def check_column(name: str, dtype: np.dtype[Any], what: str) -> None:
+    """Raise SourceError unless a column of this dtype can be what it is said to be."""
+    kind, said = (np.bool_, "booleans") if what == "where" else (np.integer, "integers")
+    if not np.issubdtype(dtype, kind):
+        raise SourceError(f"{name}: holds {dtype.name}; {what} must be {said}")
 
 
 def _checked_dtype(name: str, shape: tuple[int, ...], dtype: Any) -> str:

@@ -92,6 +92,8 @@ def _compare(options: argparse.Namespace) -> int:
             *_both_sides(options),
             options.targets,
             sequences=options.sequences,
+            where=options.where,
+            ignore_index=options.ignore_index,
             metrics=options.metrics,
             temperature=options.temperature,
             input=options.input,
@@ -108,6 +110,8 @@ def _compare(options: argparse.Namespace) -> int:
         parser.error(str(error))
     if job.rows == 0:
         raise ValueError(f"{options.base}: holds no rows; there is nothing to compare")
+    if not len(job.kept):
+        raise ValueError(f"all {job.rows} rows are left out; there is nothing to compare")
     _say_plan(job)
     try:
         with _progress("rows", job.row_bytes) as progress, _surviving_truncation():
@@ -175,7 +179,7 @@ def _check_compare(options: argparse.Namespace) -> None:
     if options.resume and options.checkpoint is None:
         parser.error("--resume needs --checkpoint")
     inputs = (options.base, *options.tests, options.targets, options.sequences,
-              *options.hidden, *options.head)  # fmt: skip
+              options.where, *options.hidden, *options.head)  # fmt: skip
     for name in ("json", "markdown", "parquet"):
         _check_output(parser, f"--{name}", getattr(options, name), inputs)
     for name in ("report", "checkpoint"):
@@ -224,7 +228,7 @@ def _llama_compat(options: argparse.Namespace) -> int:
 
     parser: argparse.ArgumentParser = options.parser
     for name in ("json", "markdown", "parquet", "report", "checkpoint", "targets", "sequences",
-                 "metrics", "vocab_size"):  # fmt: skip
+                 "where", "ignore_index", "metrics", "vocab_size"):  # fmt: skip
         if getattr(options, name) is not None:
             parser.error(f"--llama-compat does not go with --{name.replace('_', '-')}")
     if options.fail_above or options.fail_below or options.hidden:
@@ -240,10 +244,11 @@ def _llama_compat(options: argparse.Namespace) -> int:
 
 def _say_plan(job: Job) -> None:
     """Say what a job will need, to whoever looks on, and in the log of a long one."""
-    size = job.rows * job.row_bytes
+    rows = len(job.kept)
+    size = rows * job.row_bytes
     if sys.stderr.isatty() or size >= _LONG_JOB:
         print(
-            f"klfast: {job.rows} rows of {job.base.shape[-1]}, {_bytes(size)} to read; at most "
+            f"klfast: {rows} rows of {job.base.shape[-1]}, {_bytes(size)} to read; at most "
             f"{_bytes(job.memory)} of memory beside mapped files",
             file=sys.stderr,
         )
@@ -504,6 +509,14 @@ def _parser() -> argparse.ArgumentParser:
         "--sequences", metavar="FILE",
         help="which text each row belongs to: intervals are then made by drawing whole texts",
     )  # fmt: skip
+    inputs.add_argument(
+        "--where", metavar="FILE",
+        help="booleans, one a row: rows that are False, such as padding, are left out",
+    )  # fmt: skip
+    inputs.add_argument(
+        "--ignore-index", metavar="N", type=_integer,
+        help="leave out rows whose target is this number, such as -100",
+    )  # fmt: skip
     inputs.add_argument("--key", metavar="NAME", help="name of the array in BASE and TEST")
     inputs.add_argument(
         "--head", metavar="FILE", action="append", default=[],
@@ -666,6 +679,13 @@ def _count(text: str) -> int:
 
 def _whole(text: str) -> int:
     return 0 if text == "0" else _count(text)
+
+
+def _integer(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
 
 
 def _seconds(text: str) -> float:

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from ._dispatch import get_num_threads
 from ._files import replacing
-from ._sources import LogitSource, SourceError, open_logits, open_targets
+from ._sources import LogitSource, SourceError, open_column, open_logits
 
 __all__ = ["MAGIC", "BaseLogits", "convert", "encode", "statistics"]
 
@@ -296,7 +296,7 @@ def convert(
         return
     if tokens is None or context is None:
         raise ValueError("a file of llama.cpp holds the text too: tokens and context are needed")
-    given = open_targets(tokens) if isinstance(tokens, (str, os.PathLike)) else tokens
+    given = open_column(tokens) if isinstance(tokens, (str, os.PathLike)) else tokens
     text = _text(np.asarray(given), context, opened)
     with replacing(target) as temporary, temporary.open("wb") as file:
         file.write(MAGIC + np.array([context, opened.shape[-1], len(text)], "<u4").tobytes())
