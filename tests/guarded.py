@@ -226,8 +226,8 @@ def table(narrow: bool, widths: slice = slice(None)) -> None:
     mappings.
     """
     start()
-    # The last is cut into parts.
-    for width in (*WIDTHS, 32769)[widths] if narrow else WIDTHS[widths]:
+    every = [*WIDTHS, 32769] if narrow else [*WIDTHS]  # the last is cut into parts
+    for width in every[widths]:
         for layout, end, p, q in arranged(width, narrow):
             check(f"{layout}, {p.dtype} and {q.dtype}, {width} entries, {end}", end, p, q)
 
