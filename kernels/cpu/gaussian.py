@@ -243,7 +243,10 @@ def build(dtype, prior, gradient):
                     at = out + 8 * start if count == LANES32 else columns
                     store64(at, low * 0.5)
                     store64(at + 8 * LANES64, high * 0.5)
-                    if hany(~(inside(low) & inside(high))):
+                    # Beyond ``count`` is what was in memory before.
+                    missed = ~inside(low) & lanes_below(low, count)
+                    missed_high = ~inside(high) & lanes_below(high, count - LANES64)
+                    if hany(missed | missed_high):
                         poke_f64(doubtful, 1.0)
                     if count < LANES32:
                         for i in range(count):

@@ -31,6 +31,8 @@ from pathlib import Path
 
 _SUFFIX = ".klfast"
 _DAY = 86400.0
+#: Whether scratch memory of kernels lies before a page that cannot be touched (see simd.scratch).
+GUARDED = bool(os.environ.get("KLFAST_GUARD_SCRATCH"))
 _lock = threading.RLock()
 if hasattr(os, "register_at_fork"):
     # A fork waits for a compilation to end: its child could never get the locks of Numba and
@@ -123,6 +125,7 @@ def _fingerprint() -> tuple[bytes, bytes]:
         binding.get_host_cpu_features().flatten(),
         sys.version_info[:2],
         sorted((k, v) for k, v in os.environ.items() if k.startswith("NUMBA_")),
+        GUARDED,
     )
     return _sources(), hashlib.sha256(repr(facts).encode()).digest()
 

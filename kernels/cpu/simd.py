@@ -15,6 +15,7 @@ Pointers are plain integers (the address), so that one kernel serves every array
 from __future__ import annotations
 
 import functools
+import mmap
 import operator
 from typing import Any
 
@@ -24,6 +25,8 @@ from numba.core.datamodel import models
 from numba.core.extending import intrinsic, register_model
 from numba.core.imputils import lower_builtin
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
+
+from .native import GUARDED
 
 #: Lanes of a float32 vector; a float64 vector has half as many (the same 64 bytes).
 LANES32 = 16
@@ -839,15 +842,47 @@ def fetch_add(typingctx, address, n):
     return types.int64(address, types.int64), codegen
 
 
+def _guarded(builder, size):
+    """Emit code that lends memory whose last byte is the last one that can be touched.
+
+    It is full of NaN, so that what is read before it is written shows, and is never given back: a
+    page or a few for every call of a kernel.
+    """
+    address, integer, i64 = ir.IntType(8).as_pointer(), ir.IntType(32), ir.IntType(64)
+
+    def call(name, result, kinds, *values):
+        kind = ir.FunctionType(result, kinds)
+        function = cgutils.get_or_insert_function(builder.module, kind, name)
+        return builder.call(function, values)
+
+    touchable = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    first = call(
+        "mmap", address, [address, i64, integer, integer, integer, i64],
+        address(None), i64(touchable + mmap.PAGESIZE), integer(mmap.PROT_READ | mmap.PROT_WRITE),
+        integer(mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), integer(-1), i64(0),
+    )  # fmt: skip
+    guard = builder.gep(first, [i64(touchable)])
+    call("mprotect", integer, [address, i64, integer], guard, i64(mmap.PAGESIZE), integer(0))
+    call("memset", address, [address, integer, i64], first, integer(0xFF), i64(touchable))
+    return builder.gep(guard, [i64(-size)])
+
+
 def scratch(size):
-    """An intrinsic: the address of ``size`` bytes on the caller's stack, aligned for vectors."""
+    """An intrinsic: the address of ``size`` bytes on the caller's stack, aligned for vectors.
+
+    In processes that set KLFAST_GUARD_SCRATCH, of `_guarded` memory; there a kernel that reads or
+    writes beyond it ends the process.
+    """
 
     @intrinsic
     def area(typingctx):
         def codegen(context, builder, sig, args):
-            with builder.goto_entry_block():
-                pointer = builder.alloca(ir.ArrayType(ir.IntType(8), size))
-                pointer.align = 64
+            if GUARDED:
+                pointer = _guarded(builder, size)
+            else:
+                with builder.goto_entry_block():
+                    pointer = builder.alloca(ir.ArrayType(ir.IntType(8), size))
+                    pointer.align = 64
             return builder.ptrtoint(pointer, ir.IntType(64))
 
         return types.int64(), codegen
