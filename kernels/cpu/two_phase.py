@@ -52,7 +52,7 @@ from .rowloop import (
     comparison,
     f32,
     f64,
-    first_top,
+    passes,
     row_address,
     task_row,
 )
