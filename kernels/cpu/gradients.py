@@ -383,7 +383,7 @@ def build(operation, sides, dtype_p, dtype_q, dtype_into_p, dtype_into_q):
                 if usable and not (abs(kx) < math.inf and abs(c) < math.inf):
                     state = first(x, y, 0, width, a)
                     rx, ry, S, D, H = state
-                    usable = S < math.inf and abs(D) <= 0.75 * S
+                    usable = S < math.inf
                     if usable:
                         kx, ky, c = normalizers(state)
                 if not usable:
