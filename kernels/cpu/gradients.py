@@ -381,9 +381,9 @@ def build(operation, sides, dtype_p, dtype_q, dtype_into_p, dtype_into_q):
                 usable = abs(value) < math.inf
                 usable = usable and abs(scale_p) < LARGEST and abs(scale_q) < LARGEST
                 if usable and not (abs(kx) < math.inf and abs(c) < math.inf):
-                    state = first(x, y, 0, width, a)
+                    state = first(x, y, 0, width, a, False)
                     rx, ry, S, D, H = state
-                    usable = S < math.inf
+                    usable = S < math.inf and abs(D) <= 0.75 * S
                     if usable:
                         kx, ky, c = normalizers(state)
                 if not usable:

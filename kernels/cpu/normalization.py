@@ -22,6 +22,7 @@ S - abs(D) must not cancel, or the smaller of Sx and Sy is lost: a tile that wou
 above S/2 is done again with references moved apart until both sums are about equal.  So both have
 small relative errors, of some e, when they are summed.  Moving references multiplies each by a
 number, in float64, and leaves D with an error of no more than about 2 e S, whatever H was.
+This is done where ``equal`` asks for it: gradients of rows that far apart need more than float32.
 
 Near form.  Where all abs(t) of a block are at most NEAR, one exponential is enough, that of the
 geometric mean g = 2**((u + v)/2): with x = t log(2)/2,
@@ -191,7 +192,7 @@ def normalization(dtype_p, dtype_q, difference, larger, near=False, tops=False):
     size_p, size_q = ITEMSIZE[dtype_p], ITEMSIZE[dtype_q]
 
     @inline
-    def moved(state, rx, ry):
+    def moved(state, rx, ry, equal):
         """The same sums relative to other references."""
         rx0, ry0, S, D, H = state
         hx = rx - rx0
@@ -199,7 +200,7 @@ def normalization(dtype_p, dtype_q, difference, larger, near=False, tops=False):
         both = 0.5 * (math.exp2(hx) + math.exp2(hy))
         odd = math.exp2(0.5 * (hx + hy)) * math.sinh((hy - hx) * (0.5 * LN_2))
         S, D, H = both * S + odd * D, both * D + odd * S, both * H + abs(odd) * S
-        return rx, ry, S, D, min(H, 2.0 * S)
+        return rx, ry, S, D, (min(H, 2.0 * S) if equal else H)
 
     @inline
     def balance(S, D):
@@ -209,17 +210,17 @@ def normalization(dtype_p, dtype_q, difference, larger, near=False, tops=False):
         return math.copysign(math.floor(512.0 * abs(ratio)) / 1024.0, ratio)
 
     @inline
-    def merge(a, b):
+    def merge(a, b, equal):
         rx = min(a[0], b[0])
         ry = min(a[1], b[1])
-        a = moved(a, rx, ry)
-        b = moved(b, rx, ry)
+        a = moved(a, rx, ry, equal)
+        b = moved(b, rx, ry, equal)
         S = a[2] + b[2]
         D = a[3] + b[3]
         move = 0.0
-        if abs(D) > UNEQUAL * S:
+        if equal and abs(D) > UNEQUAL * S:
             move = balance(S, D)
-        return moved((rx, ry, S, D, a[4] + b[4]), rx - move, ry + move)
+        return moved((rx, ry, S, D, a[4] + b[4]), rx - move, ry + move, equal)
 
     @inline
     def step(p, q, a, rx, ry, c, S, D, H, high, bad):
@@ -306,7 +307,7 @@ def normalization(dtype_p, dtype_q, difference, larger, near=False, tops=False):
         return hsum(S), hsum(D), hsum(H), hany(bad), close
 
     @inline
-    def sums_and_tops(x, y, start, stop, a):
+    def sums_and_tops(x, y, start, stop, a, equal):
         """The sums of [start, stop) and their references; S is NaN where they cannot be had.
 
         And of each row the largest entry, and where the first tile that has it starts.
@@ -345,20 +346,20 @@ def normalization(dtype_p, dtype_q, difference, larger, near=False, tops=False):
             if j == start:
                 state = (rx, ry, 0.0, 0.0, 0.0)
             elif rx < state[0] or ry < state[1]:
-                state = moved(state, min(rx, state[0]), min(ry, state[1]))
+                state = moved(state, min(rx, state[0]), min(ry, state[1]), equal)
             rx, ry, S, D, H = state
             s, d, h, bad, close = sums(
                 x, y, j, tile_stop, f32(a), f32(rx), f32(ry), f32(ry - rx), close
             )
             if bad:
                 return rx, ry, math.nan, D, H, top_x, tile_x, top_y, tile_y
-            if abs(D + d) > UNEQUAL * (S + s):
+            if equal and abs(D + d) > UNEQUAL * (S + s):
                 if again:
                     return rx, ry, math.nan, D, H, top_x, tile_x, top_y, tile_y
                 again = True
                 move = balance(S + s, D + d)
                 apart += move
-                state = moved(state, rx - move, ry + move)
+                state = moved(state, rx - move, ry + move, equal)
                 continue
             again = False
             state = (rx, ry, S + s, D + d, H + h)
@@ -367,8 +368,8 @@ def normalization(dtype_p, dtype_q, difference, larger, near=False, tops=False):
         return rx, ry, S, D, H, top_x, tile_x, top_y, tile_y
 
     @inline
-    def only_sums(x, y, start, stop, a):
-        return sums_and_tops(x, y, start, stop, a)[:5]
+    def only_sums(x, y, start, stop, a, equal):
+        return sums_and_tops(x, y, start, stop, a, equal)[:5]
 
     @inline
     def normalizers(state):

@@ -344,16 +344,20 @@ def build(operation, dtype_p, dtype_q, exactly):
         return hsum(V), hsum(H), hsum(J), a_sum, b_sum, a_sum + b_sum
 
     @inline
-    def finish(number, total, ceiling, S, H, c, corrected):
+    def finish(number, total, ceiling, S, D, H, c, corrected):
         """A divergence, or NaN where rounding errors of the first phase would show.
 
         An error in the normalizers' ratio enters total variation as it is, the others as
         its square.  The rounding of y - x, where the rows differ by a constant c, makes errors
         of c 2**-24 that average out over the S or more symbols that carry the mass.
         """
+        # Sx and Sy come from S and D, which leaves nothing of the smaller of unequal ones, nor
+        # of either where D is what is left of a much larger H.
+        share = 2.0 * H / S
+        if abs(D) > 0.75 * S or share > 8.0:
+            return math.nan
         if corrected:
             return min(total, ceiling)
-        share = 2.0 * H / S
         if number == TV:
             # Errors of the terms average out, but for those of a top that has nearly all the mass.
             carried = min(12.0, 2.5 * math.sqrt(S))
@@ -408,7 +412,7 @@ def build(operation, dtype_p, dtype_q, exactly):
                 state = (0.0, 0.0, 0.0, 0.0, 0.0)
                 tops = (0.0, 0.0, 0.0, 0.0)
                 if phase != SECOND:
-                    read = first(x, y, start, stop, a)
+                    read = first(x, y, start, stop, a, found == 0)
                     state = read[:5]
                     tops = read[5:]
                 if phase == FIRST:
@@ -418,7 +422,7 @@ def build(operation, dtype_p, dtype_q, exactly):
                 if phase == SECOND:
                     state = load_state(row_at)
                     for i in range(1, parts):
-                        state = merge(state, load_state(row_at + i * (8 * STATE)))
+                        state = merge(state, load_state(row_at + i * (8 * STATE)), found == 0)
                 S = state[2]
                 unfinished = not S < math.inf
                 at_out = out + 8 * columns * row
@@ -451,7 +455,7 @@ def build(operation, dtype_p, dtype_q, exactly):
                     for i in range(measures):
                         value = finish(
                             which[i], total if parts > 1 else sums[which[i]], ceilings[i],
-                            S, state[4], state[1] - state[0], corrected,
+                            S, state[3], state[4], state[1] - state[0], corrected,
                         )  # fmt: skip
                         poke_f64(at_out + 8 * i, value)
                         if not value < math.inf:
