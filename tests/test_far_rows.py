@@ -12,6 +12,8 @@ FUNCTIONS: dict[str, tuple[Any, dict[str, float]]] = {
     "kl": (klfast.kl_divergence, {}),
     "cross_entropy": (klfast.cross_entropy, {}),
     "chi2": (klfast.chi2_divergence, {}),
+    "js": (klfast.js_divergence, {}),
+    "tv": (klfast.total_variation, {}),
     "renyi:0.5": (klfast.renyi_divergence, {"alpha": 0.5}),
     "renyi:4": (klfast.renyi_divergence, {"alpha": 4.0}),
     "alpha:5": (klfast.alpha_divergence, {"alpha": 5.0}),
@@ -60,8 +62,8 @@ def test_where_one_symbol_decides_a_high_order() -> None:
     np.testing.assert_allclose(found, wide, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["kl", "chi2", "renyi:0.5"])
-def test_uniform_rows_do_not_need_float64(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def left_to_float64(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many rows each call of the float64 kernel is given, as calls are made."""
     left: list[int] = []
     exact = runs.run_exact
 
@@ -70,6 +72,31 @@ def test_uniform_rows_do_not_need_float64(name: str, monkeypatch: pytest.MonkeyP
         exact(step, p, q, numbers, *rest)
 
     monkeypatch.setattr(runs, "run_exact", counted)
+    return left
+
+
+@pytest.mark.parametrize("scale", [0.5, 2.0])
+@pytest.mark.parametrize(("n", "width"), [(40, 300), (20, 20000), (2, 150000)])
+def test_sums_far_apart_do_not_need_float64(
+    scale: float, n: int, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Relative to the largest entries, the sums of P and Q are up to 30 times as far apart."""
+    left = left_to_float64(monkeypatch)
+    rng = np.random.default_rng(0)
+    p = (scale * rng.standard_normal((n, width))).astype(np.float32)
+    q = (p + 2.0 * rng.standard_normal((n, width))).astype(np.float32)
+    for function in (klfast.total_variation, klfast.js_divergence):
+        found = function(p, q, dtype=np.float64)
+        assert np.array_equal(found, function(q, p, dtype=np.float64))
+        assert sum(left) == 0
+        wide = function(p.astype(np.float64), q.astype(np.float64))
+        np.testing.assert_allclose(found, wide, rtol=2e-6)
+        left.clear()
+
+
+@pytest.mark.parametrize("name", ["kl", "chi2", "renyi:0.5"])
+def test_uniform_rows_do_not_need_float64(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    left = left_to_float64(monkeypatch)
     function, options = FUNCTIONS[name]
     p, u = rows("uniform", 40, 5000, 2.0)
     function(p, u, **options)

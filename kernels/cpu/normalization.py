@@ -18,6 +18,12 @@ by f = 2**hx, g = 2**hy changes (S, D) into ((f+g) S + (g-f) D, (f+g) D + (g-f) 
 taken as an odd function of hy - hx.  The sum H of M h bounds the rounding error of D.  Every
 quantity is symmetric in the two rows or changes its sign only, operation by operation.
 
+S - abs(D) must not cancel, or the smaller of Sx and Sy is lost: a tile that would leave abs(D)
+above S/2 is done again with references moved apart until both sums are about equal.  So both have
+small relative errors, of some e, when they are summed.  Moving references multiplies each by a
+number, in float64, and leaves D with an error of no more than about 2 e S, whatever H was.
+This is done where ``equal`` asks for it: gradients of rows that far apart need more than float32.
+
 Near form.  Where all abs(t) of a block are at most NEAR, one exponential is enough, that of the
 geometric mean g = 2**((u + v)/2): with x = t log(2)/2,
 
@@ -130,6 +136,9 @@ def larger_power(exactly):
     return larger
 
 
+#: Where abs(D) is more than this times S, the references are moved until both sums are about equal.
+UNEQUAL = 0.5
+
 #: Rows that differ by more than this are left to the kernel that subtracts exactly: the rounding of
 #: y - x is then no longer small beside 1.
 CLOSE = 16.0
@@ -183,22 +192,35 @@ def normalization(dtype_p, dtype_q, difference, larger, near=False, tops=False):
     size_p, size_q = ITEMSIZE[dtype_p], ITEMSIZE[dtype_q]
 
     @inline
-    def moved(state, rx, ry):
+    def moved(state, rx, ry, equal):
         """The same sums relative to other references."""
         rx0, ry0, S, D, H = state
         hx = rx - rx0
         hy = ry - ry0
         both = 0.5 * (math.exp2(hx) + math.exp2(hy))
         odd = math.exp2(0.5 * (hx + hy)) * math.sinh((hy - hx) * (0.5 * LN_2))
-        return rx, ry, both * S + odd * D, both * D + odd * S, both * H + abs(odd) * S
+        S, D, H = both * S + odd * D, both * D + odd * S, both * H + abs(odd) * S
+        return rx, ry, S, D, (min(H, 2.0 * S) if equal else H)
 
     @inline
-    def merge(a, b):
+    def balance(S, D):
+        """How far to move the references apart for equal sums: odd in D, a multiple of 1/1024."""
+        least = 1e-6 * S
+        ratio = math.log2(max(S - D, least)) - math.log2(max(S + D, least))
+        return math.copysign(math.floor(512.0 * abs(ratio)) / 1024.0, ratio)
+
+    @inline
+    def merge(a, b, equal):
         rx = min(a[0], b[0])
         ry = min(a[1], b[1])
-        a = moved(a, rx, ry)
-        b = moved(b, rx, ry)
-        return rx, ry, a[2] + b[2], a[3] + b[3], a[4] + b[4]
+        a = moved(a, rx, ry, equal)
+        b = moved(b, rx, ry, equal)
+        S = a[2] + b[2]
+        D = a[3] + b[3]
+        move = 0.0
+        if equal and abs(D) > UNEQUAL * S:
+            move = balance(S, D)
+        return moved((rx, ry, S, D, a[4] + b[4]), rx - move, ry + move, equal)
 
     @inline
     def step(p, q, a, rx, ry, c, S, D, H, high, bad):
@@ -285,7 +307,7 @@ def normalization(dtype_p, dtype_q, difference, larger, near=False, tops=False):
         return hsum(S), hsum(D), hsum(H), hany(bad), close
 
     @inline
-    def sums_and_tops(x, y, start, stop, a):
+    def sums_and_tops(x, y, start, stop, a, equal):
         """The sums of [start, stop) and their references; S is NaN where they cannot be had.
 
         And of each row the largest entry, and where the first tile that has it starts.
@@ -296,6 +318,8 @@ def normalization(dtype_p, dtype_q, difference, larger, near=False, tops=False):
         tile_x = 0.0
         tile_y = 0.0
         close = True
+        apart = 0.0
+        again = False
         j = start
         while j < stop:
             tile_stop = min(j + TILE, stop)
@@ -314,28 +338,38 @@ def normalization(dtype_p, dtype_q, difference, larger, near=False, tops=False):
                 if not (j > start and rx > 0.0 and ry > 0.0):
                     return 0.0, 0.0, math.nan, 0.0, 0.0, top_x, tile_x, top_y, tile_y
                 # -inf all over: nothing to add, whatever the references.
-                rx = 1024.0 * state[0]
-                ry = 1024.0 * state[1]
-            rx = math.floor(rx) / 1024.0
-            ry = math.floor(ry) / 1024.0
+                rx = state[0]
+                ry = state[1]
+            else:
+                rx = math.floor(rx) / 1024.0 - apart
+                ry = math.floor(ry) / 1024.0 + apart
             if j == start:
                 state = (rx, ry, 0.0, 0.0, 0.0)
             elif rx < state[0] or ry < state[1]:
-                state = moved(state, min(rx, state[0]), min(ry, state[1]))
+                state = moved(state, min(rx, state[0]), min(ry, state[1]), equal)
             rx, ry, S, D, H = state
             s, d, h, bad, close = sums(
                 x, y, j, tile_stop, f32(a), f32(rx), f32(ry), f32(ry - rx), close
             )
             if bad:
                 return rx, ry, math.nan, D, H, top_x, tile_x, top_y, tile_y
+            if equal and abs(D + d) > UNEQUAL * (S + s):
+                if again:
+                    return rx, ry, math.nan, D, H, top_x, tile_x, top_y, tile_y
+                again = True
+                move = balance(S + s, D + d)
+                apart += move
+                state = moved(state, rx - move, ry + move, equal)
+                continue
+            again = False
             state = (rx, ry, S + s, D + d, H + h)
             j = tile_stop
         rx, ry, S, D, H = state
         return rx, ry, S, D, H, top_x, tile_x, top_y, tile_y
 
     @inline
-    def only_sums(x, y, start, stop, a):
-        return sums_and_tops(x, y, start, stop, a)[:5]
+    def only_sums(x, y, start, stop, a, equal):
+        return sums_and_tops(x, y, start, stop, a, equal)[:5]
 
     @inline
     def normalizers(state):

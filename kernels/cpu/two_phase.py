@@ -412,7 +412,7 @@ def build(operation, dtype_p, dtype_q, exactly):
                 state = (0.0, 0.0, 0.0, 0.0, 0.0)
                 tops = (0.0, 0.0, 0.0, 0.0)
                 if phase != SECOND:
-                    read = first(x, y, start, stop, a)
+                    read = first(x, y, start, stop, a, found == 0)
                     state = read[:5]
                     tops = read[5:]
                 if phase == FIRST:
@@ -422,7 +422,7 @@ def build(operation, dtype_p, dtype_q, exactly):
                 if phase == SECOND:
                     state = load_state(row_at)
                     for i in range(1, parts):
-                        state = merge(state, load_state(row_at + i * (8 * STATE)))
+                        state = merge(state, load_state(row_at + i * (8 * STATE)), found == 0)
                 S = state[2]
                 unfinished = not S < math.inf
                 at_out = out + 8 * columns * row
