@@ -100,12 +100,30 @@ def test_values_beyond_float32_are_computed_in_float64(parameters: tuple[float, 
 def test_every_shape_takes_the_same_formula(shape: tuple[int, ...], dtype: Any) -> None:
     rng = np.random.default_rng(3)
     arrays = [rng.normal(size=shape).astype(dtype) for _ in range(4)]
-    a, b, c, d = (x.astype(np.float64) for x in arrays)
-    plain = 0.5 * (np.exp(b - d) - 1 - (b - d) + (a - c) ** 2 * np.exp(-d)).sum(-1)
+    plain = summed_plainly(*(x.astype(np.float64) for x in arrays))
     np.testing.assert_allclose(gaussian.kl_divergence(*arrays), plain, rtol=2e-6)
     np.testing.assert_allclose(
         gaussian.value_and_grad(*arrays).value, gaussian.kl_divergence(*arrays), rtol=1e-6
     )
+
+
+@pytest.mark.parametrize("width", [1, 32, 50, 600])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_row_is_what_it_is_alone(width: int, dtype: Any) -> None:
+    rng = np.random.default_rng(3)
+    arrays = [rng.normal(size=(37, width)).astype(dtype) for _ in range(4)]
+    arrays[1][[3, 36], 0], arrays[3][[3, 36], 0] = 89.0, 0.5  # beyond what float32 terms hold
+    arrays[0][20], arrays[1][20] = arrays[2][20], arrays[3][20]
+    whole = gaussian.kl_divergence(*arrays)
+    assert whole.dtype == dtype
+    alone = [gaussian.kl_divergence(*(a[i] for a in arrays)) for i in range(37)]
+    np.testing.assert_array_equal(whole, alone)
+    expected = summed_plainly(*(a.astype(np.float64) for a in arrays))
+    np.testing.assert_allclose(whole, expected, rtol=2e-6 if dtype is np.float32 else 1e-12)
+
+
+def summed_plainly(a: Any, b: Any, c: Any, d: Any) -> Any:
+    return 0.5 * (np.exp(b - d) - 1 - (b - d) + (a - c) ** 2 * np.exp(-d)).sum(-1)
 
 
 def test_batches_broadcast_and_strides_are_read() -> None:

@@ -468,17 +468,22 @@ def _diagonal(mean_p: Any, logvar_p: Any, mean_q: Any, logvar_q: Any) -> _Diagon
         arrays |= {"mean_q": mean_q, "logvar_q": logvar_q}
     origin = given(arrays)
     shapes = {name: view.shape for name, view in origin.views.items()}
-    try:
-        shape = np.broadcast_shapes(*shapes.values())
-    except ValueError:
-        text = ", ".join(f"{name} {each}" for name, each in shapes.items())
-        raise ValueError(f"shapes do not broadcast: {text}; accepted: shape (..., n)") from None
+    shape = shapes["mean_p"]
+    if any(each != shape for each in shapes.values()):
+        try:
+            shape = np.broadcast_shapes(*shapes.values())
+        except ValueError:
+            text = ", ".join(f"{name} {each}" for name, each in shapes.items())
+            raise ValueError(f"shapes do not broadcast: {text}; accepted: shape (..., n)") from None
     check_axis("mean_p", shape)
     return _Diagonal(origin, shape[:-1], shape[-1])
 
 
-def _fused(batch: _Diagonal, scales: Values | None, into: list[NDArray[Any]]) -> Values:
-    """KL divergence of each row, and its gradients if there is memory for them."""
+def _fused(batch: _Diagonal, scales: Values | None, into: list[NDArray[Any]]) -> NDArray[Any]:
+    """KL divergence of each row, and its gradients if there is memory for them.
+
+    In float64, or rounded to float32 already.
+    """
     kernels = compiled()
     rows = [plain_rows(view, batch.shape, batch.width) for view in batch.given.views.values()]
     usable = all(each is not None and each.dtype == rows[0].dtype for each in rows if rows[0])
@@ -488,12 +493,12 @@ def _fused(batch: _Diagonal, scales: Values | None, into: list[NDArray[Any]]) ->
         flat = np.broadcast_to(values, batch.shape).reshape(-1).copy()
     else:
         flat, carried = kernels.gaussian_kl(rows, scales, into)
-        shaped: Values = flat.reshape(batch.shape)
         if carried:
+            shaped: NDArray[Any] = flat.reshape(batch.shape)
             return shaped
         bad = ~((flat >= UNDERFLOW) & (flat < math.inf))
         if bad.any():
-            flat[bad] = _kl(*_some(batch, bad))
+            flat[bad] = encode(_kl(*_some(batch, bad)), flat.dtype.name)
     if into and bad.any():
         assert scales is not None
         origin = batch.given
