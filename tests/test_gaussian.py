@@ -374,6 +374,8 @@ ONE = np.ones((2, 3), np.float32)
          "cov_q is not positive definite"),
         (lambda: gaussian.kl_divergence_full(ONE, np.triu(np.ones((3, 3))), ONE, np.eye(3)),
          ValueError, "cov_p is not symmetric"),
+        (lambda: gaussian.kl_divergence_full(ONE, np.stack(3 * [np.eye(3)]), ONE, np.eye(3)),
+         ValueError, r"batch axes are mean_p \(2,\), cov_p \(3,\)"),
         (lambda: gaussian.diffusion_kl(ONE, ONE, [0.1, 0.2], 1), ValueError, "steps are 1"),
         (lambda: gaussian.diffusion_kl(ONE, ONE, [0.1, 2.0], 2), ValueError, "betas have"),
     ],
@@ -389,6 +391,18 @@ def test_not_a_number_stays_in_its_row() -> None:
     result = gaussian.kl_divergence(mean, logvar)
     assert np.isnan(result[:2]).all()
     assert result[2] == 0
+
+
+@pytest.mark.parametrize("name", [each for each in gaussian.__all__ if each.endswith("_full")])
+def test_not_a_number_in_a_covariance_stays_in_its_row(name: str) -> None:
+    mean_p, cov_p, mean_q, cov_q = covariances(3, 1.0)
+    options = {"alpha": 2.0} if "renyi" in name else {}
+    expected = getattr(gaussian, name)(mean_p, cov_p, mean_q, cov_q, **options)
+    cov_p, cov_q = cov_p.copy(), cov_q.copy()
+    cov_p[0, 1, 2], cov_q[2, 0, 0] = np.nan, np.inf
+    found = getattr(gaussian, name)(mean_p, cov_p, mean_q, cov_q, **options)
+    assert np.isnan(found[[0, 2]]).all()
+    np.testing.assert_allclose(found[[1, 3]], expected[[1, 3]], rtol=1e-12)
 
 
 def test_torch_differentiates_it_also_when_compiled() -> None:

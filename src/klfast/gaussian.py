@@ -13,7 +13,8 @@ an argument is, else in float32, in nats where they are logarithms. Whatever the
 cancels where P is close to Q: divergences are never negative, and exactly 0 for equal arguments.
 
 TypeError for arrays of two libraries or dtypes that are no floating-point numbers, ValueError for
-shapes that do not fit. Rows that hold NaN, or infinite means or log-variances, give NaN.
+shapes that do not fit. Rows that hold NaN give NaN, and so do infinite log-variances (but for the
+Wasserstein distance) and covariances; an infinite mean is infinitely far from a finite one.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from ._arguments import out_view
 from ._arrays import STORAGE, encode, memory, wrap
 from ._dispatch import compiled
 from ._elementary import excess
-from ._values import Given, check_axis, given, plain_rows
+from ._values import Given, check_axis, check_batches, given, plain_rows
 from .reference import _phi
 
 __all__ = [
@@ -417,7 +418,8 @@ def _renyi(alpha: float, mp: Values, lp: Values, mq: Values, lq: Values) -> Valu
         far = 0.5 * (log_s / rest - t)
         spread = np.where(np.abs(t) < 1.0, close, far)
         terms = spread + 0.5 * alpha * _distance(mp - mq, lq + log_s)
-        terms = np.where(1.0 + share <= 0.0, np.inf, np.maximum(terms, 0.0))
+        infinite = (1.0 + share <= 0.0) & ~np.isnan(mp - mq)
+        terms = np.where(infinite, np.inf, np.maximum(terms, 0.0))
     total: Values = np.sum(terms, -1)
     return total
 
@@ -541,11 +543,26 @@ def _full(
             raise ValueError(
                 f"{name} has shape {array.shape}; accepted: shape ({text}), as mean_p has {n}"
             )
+    check_batches(
+        mean_p=mp.shape[:-1], cov_p=cp.shape[:-2], mean_q=mq.shape[:-1], cov_q=cq.shape[:-2]
+    )
+    (mp, cp), (mq, cq) = _without_faults(mp, cp), _without_faults(mq, cq)
     for name, array in (("cov_p", cp), ("cov_q", cq)):
         skew = np.abs(array - np.swapaxes(array, -1, -2))
         if (skew > 1e-6 * np.abs(array).max((-1, -2), keepdims=True)).any():
             raise ValueError(f"{name} is not symmetric; accepted: symmetric positive definite")
     return origin, mp, cp, mq, cq
+
+
+def _without_faults(mean: Values, covariance: Values) -> tuple[Values, Values]:
+    """NaN in the mean in place of a covariance that is not finite, which no factor is found of."""
+    whole = np.asarray(np.isfinite(covariance).all((-1, -2)))
+    if whole.all():
+        return mean, covariance
+    return (
+        np.where(whole[..., None], mean, np.nan),
+        np.where(whole[..., None, None], covariance, np.eye(mean.shape[-1])),
+    )
 
 
 def _cholesky(name: str, covariance: Values) -> Values:
