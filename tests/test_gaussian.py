@@ -100,12 +100,30 @@ def test_values_beyond_float32_are_computed_in_float64(parameters: tuple[float, 
 def test_every_shape_takes_the_same_formula(shape: tuple[int, ...], dtype: Any) -> None:
     rng = np.random.default_rng(3)
     arrays = [rng.normal(size=shape).astype(dtype) for _ in range(4)]
-    a, b, c, d = (x.astype(np.float64) for x in arrays)
-    plain = 0.5 * (np.exp(b - d) - 1 - (b - d) + (a - c) ** 2 * np.exp(-d)).sum(-1)
+    plain = summed_plainly(*(x.astype(np.float64) for x in arrays))
     np.testing.assert_allclose(gaussian.kl_divergence(*arrays), plain, rtol=2e-6)
     np.testing.assert_allclose(
         gaussian.value_and_grad(*arrays).value, gaussian.kl_divergence(*arrays), rtol=1e-6
     )
+
+
+@pytest.mark.parametrize("width", [1, 32, 50, 600])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_row_is_what_it_is_alone(width: int, dtype: Any) -> None:
+    rng = np.random.default_rng(3)
+    arrays = [rng.normal(size=(37, width)).astype(dtype) for _ in range(4)]
+    arrays[1][[3, 36], 0], arrays[3][[3, 36], 0] = 89.0, 0.5  # beyond what float32 terms hold
+    arrays[0][20], arrays[1][20] = arrays[2][20], arrays[3][20]
+    whole = gaussian.kl_divergence(*arrays)
+    assert whole.dtype == dtype
+    alone = [gaussian.kl_divergence(*(a[i] for a in arrays)) for i in range(37)]
+    np.testing.assert_array_equal(whole, alone)
+    expected = summed_plainly(*(a.astype(np.float64) for a in arrays))
+    np.testing.assert_allclose(whole, expected, rtol=2e-6 if dtype is np.float32 else 1e-12)
+
+
+def summed_plainly(a: Any, b: Any, c: Any, d: Any) -> Any:
+    return 0.5 * (np.exp(b - d) - 1 - (b - d) + (a - c) ** 2 * np.exp(-d)).sum(-1)
 
 
 def test_batches_broadcast_and_strides_are_read() -> None:
@@ -356,6 +374,8 @@ ONE = np.ones((2, 3), np.float32)
          "cov_q is not positive definite"),
         (lambda: gaussian.kl_divergence_full(ONE, np.triu(np.ones((3, 3))), ONE, np.eye(3)),
          ValueError, "cov_p is not symmetric"),
+        (lambda: gaussian.kl_divergence_full(ONE, np.stack(3 * [np.eye(3)]), ONE, np.eye(3)),
+         ValueError, r"batch axes are mean_p \(2,\), cov_p \(3,\)"),
         (lambda: gaussian.diffusion_kl(ONE, ONE, [0.1, 0.2], 1), ValueError, "steps are 1"),
         (lambda: gaussian.diffusion_kl(ONE, ONE, [0.1, 2.0], 2), ValueError, "betas have"),
     ],
@@ -371,6 +391,18 @@ def test_not_a_number_stays_in_its_row() -> None:
     result = gaussian.kl_divergence(mean, logvar)
     assert np.isnan(result[:2]).all()
     assert result[2] == 0
+
+
+@pytest.mark.parametrize("name", [each for each in gaussian.__all__ if each.endswith("_full")])
+def test_not_a_number_in_a_covariance_stays_in_its_row(name: str) -> None:
+    mean_p, cov_p, mean_q, cov_q = covariances(3, 1.0)
+    options = {"alpha": 2.0} if "renyi" in name else {}
+    expected = getattr(gaussian, name)(mean_p, cov_p, mean_q, cov_q, **options)
+    cov_p, cov_q = cov_p.copy(), cov_q.copy()
+    cov_p[0, 1, 2], cov_q[2, 0, 0] = np.nan, np.inf
+    found = getattr(gaussian, name)(mean_p, cov_p, mean_q, cov_q, **options)
+    assert np.isnan(found[[0, 2]]).all()
+    np.testing.assert_allclose(found[[1, 3]], expected[[1, 3]], rtol=1e-12)
 
 
 def test_torch_differentiates_it_also_when_compiled() -> None:

@@ -135,6 +135,7 @@ X = np.random.default_rng(6).normal(size=(30, 2))
     [
         (np.vstack([X, X[:1]]), X + 1, 5, r"x\[0\] is also another sample of x"),
         (X, np.vstack([X[3:4], X + 1]), 5, r"x\[3\] is also in y"),
+        (X, np.vstack([X + 1, X[:1] + 1]), 5, r"y\[0\] is also another sample of y"),
         (X, X[:4] + 1, 5, "k is 5; accepted: a whole number from 1 to 4, with 30 x and 4 y"),
         (X, X[:, :1], 5, "x and y have 2 and 1 dimensions"),
         (X * np.inf, X, 5, "x holds NaN or an infinity"),
@@ -268,6 +269,13 @@ def test_the_same_kind_of_array_comes_back(library: str) -> None:
         (lambda: monte_carlo_kl(np.zeros(3, np.int64), [0.0] * 3), TypeError, "log_p has dtype"),
         (lambda: donsker_varadhan([], [1.0]), ValueError, r"joint has shape \(0,\)"),
         (lambda: donsker_varadhan([1.0], [1.0], correct_bias=True), ValueError, "marginal has 1"),
+        (
+            lambda: nwj(np.ones((3, 4)), np.ones((2, 4))),
+            ValueError,
+            r"batch axes are joint \(3,\), marginal \(2,\)",
+        ),
+        (lambda: knn_kl(X + 1j, X), TypeError, "x has dtype complex128"),
+        (lambda: knn_kl(X, [["a"]]), TypeError, "y has dtype"),
         (lambda: infonce(np.zeros((2, 3))), ValueError, r"scores has shape \(2, 3\)"),
         (lambda: nwj("no", [1.0]), TypeError, "joint is of type str"),
     ],
@@ -280,3 +288,13 @@ def test_bad_arguments_are_named(call: Callable[[], Any], error: Any, message: s
 def test_everything_public_is_documented() -> None:
     for name in estimators.__all__:
         assert len(getattr(estimators, name).__doc__ or "") > 60
+
+
+def test_leaving_out_the_score_that_is_nearly_all_of_the_sum() -> None:
+    marginal = np.array([[1000.0, 0.0, 1.0], [3.0, 2.0, -1.0]])
+    logsumexp = pytest.importorskip("scipy.special").logsumexp
+    log_mean = logsumexp(marginal, axis=1) - math.log(3)
+    without = [logsumexp(np.delete(marginal, i, 1), axis=1) - math.log(2) for i in range(3)]
+    expected = -(3 * log_mean - 2 * np.mean(without, 0))
+    found = donsker_varadhan(np.zeros((2, 4)), marginal, correct_bias=True).value
+    np.testing.assert_allclose(found, expected, rtol=1e-12)

@@ -17,6 +17,7 @@ from klfast._arrays import Rows
 
 from .native import kernel
 from .runs import Values, address, cut, launch
+from .threads import get_num_threads
 
 __all__ = ["add_pairs", "count_sums", "fill_table", "gaussian_kl", "moments"]
 
@@ -33,10 +34,11 @@ _kernel = functools.cache(kernel)
 
 def gaussian_kl(
     rows: Sequence[Rows], scales: Values | None, into: Sequence[NDArray[Any]]
-) -> tuple[Values, bool]:
+) -> tuple[NDArray[Any], bool]:
     """KL divergence of each row; of mean and log-variance of P, and of Q unless that is standard.
 
-    And whether all of them are finite and not so small that float32 terms may be missing.
+    In float64 if the rows are, or few and wide, else in float32. And whether all of them are finite
+    and not so small that float32 terms may be missing.
 
     ``into`` are contiguous arrays of the dtype of the rows for the gradients with respect to
     each, times ``scales``, one a row; empty for values alone.
@@ -44,24 +46,26 @@ def gaussian_kl(
     first = rows[0]
     n, width = first.count, first.width
     chunk, parts, part_width = cut(n, width)
-    out = np.empty((n, parts))
-    counter, doubtful = np.zeros(1, np.int64), np.zeros(1)
+    # More rows at a time where there are many: nobody has asked ahead for the first of them.
+    chunk = max(chunk, min(4 * chunk, n // (16 * get_num_threads())))
+    out = np.empty((n, parts), "float32" if first.dtype != "float64" and parts == 1 else "float64")
+    space = np.zeros(2, np.int64)  # the counter, and whether a value is doubtful
+    counter = address(space)
     function = _kernel("gaussian", (first.dtype, len(rows) == 2, bool(into)), "q" * 21)
-    places = [(each.address, each.row_stride) for each in rows] + [(0, 0)] * (4 - len(rows))
+    places: list[int] = []
+    for each in rows:
+        places += each.address, each.row_stride
     targets = [address(each) for each in into] + [0] * (4 - len(into))
     launch(
         function,
         (
-            *(number for place in places for number in place),
-            width, n, address(counter), chunk, parts, part_width, address(out),
-            address(doubtful), address(scales),
-            *targets,
+            *places, *[0] * (8 - len(places)), width, n, counter, chunk, parts, part_width,
+            address(out), counter + 8, address(scales), *targets,
         ),
         n * width * len(rows),
         alone=False,
     )  # fmt: skip
-    values: Values = out.sum(1) if parts > 1 else out[:, 0]
-    return values, not doubtful[0]
+    return out.sum(1) if parts > 1 else out[:, 0], not space[1]
 
 
 def add_pairs(

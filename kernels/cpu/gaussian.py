@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 
 from .mathematics import LOG2_E, exp_64, expm1_64, inline, phi_64
-from .rowloop import BLOCK, UNDERFLOW, f32, lane_sums
+from .rowloop import BLOCK, UNDERFLOW, f32
 from .simd import (
     ITEMSIZE,
     LANES32,
@@ -30,8 +30,11 @@ from .simd import (
     fold64,
     hany,
     hsum,
+    lane_sums,
     lanes_below,
     loader,
+    narrow_store,
+    narrowed32,
     peek_f64,
     poke_f64,
     prefetch,
@@ -49,9 +52,9 @@ from .simd import (
 #: How far ahead to ask for memory, in bytes.
 AHEAD = 4096
 
-area, turned = scratch(4 * LANES32 * LANES32), scratch(4 * LANES32 * LANES32)
-store32, _ = storer("float32")
-store64, _ = storer("float64")
+area = scratch(4 * LANES32 * LANES32)
+store32, store_tail32 = storer("float32")
+poke_f32 = narrow_store("float32")
 
 # log 2 in two parts: n times the first is exact in float32 for every exponent n.
 LN_2_HIGH_32 = 0.693145751953125
@@ -116,6 +119,8 @@ def exp_or_less_64(t):
 
 def build(dtype, prior, gradient):
     """Values of rows, or with ``gradient`` also their gradients, times a factor a row.
+
+    Values are in float64 if entries are, as are those of parts of rows, and else in float32.
 
     ``prior``: Q is the standard normal distribution, and is not read.  ``doubtful`` becomes 1 where
     a value, or a part of it, is not within the range of float32.
@@ -226,7 +231,7 @@ def build(dtype, prior, gradient):
             width * size,
         )
         n_tasks = n_rows * parts
-        rows, columns = area(), turned()
+        rows = area()
         while True:
             first = fetch_add(counter, chunk)
             if first >= n_tasks:
@@ -239,18 +244,11 @@ def build(dtype, prior, gradient):
                     for i in range(count):
                         sums = block(start + i, 0, width, pointers, scales)
                         store32(rows + 4 * LANES32 * i, sums)
-                    low, high = lane_sums(rows, columns)
-                    at = out + 8 * start if count == LANES32 else columns
-                    store64(at, low * 0.5)
-                    store64(at + 8 * LANES64, high * 0.5)
-                    # Beyond ``count`` is what was in memory before.
-                    missed = ~inside(low) & lanes_below(low, count)
-                    missed_high = ~inside(high) & lanes_below(high, count - LANES64)
-                    if hany(missed | missed_high):
+                    low, high = lane_sums(rows)
+                    store_tail32(out + 4 * start, narrowed32(low * 0.5, high * 0.5), count)
+                    outside = ~inside(low) & lanes_below(low, count)
+                    if hany(outside | (~inside(high) & lanes_below(high, count - LANES64))):
                         poke_f64(doubtful, 1.0)
-                    if count < LANES32:
-                        for i in range(count):
-                            poke_f64(out + 8 * (start + i), peek_f64(at + 8 * i))
                 continue
             for task in range(first, last):
                 row = task // parts
@@ -261,7 +259,10 @@ def build(dtype, prior, gradient):
                     sums = block(row, j, min(j + BLOCK, stop), pointers, scales)
                     total = total + widened(sums)
                 value = 0.5 * hsum(total)
-                poke_f64(out + 8 * task, value)
+                if wide or parts > 1:
+                    poke_f64(out + 8 * task, value)
+                else:
+                    poke_f32(out + 4 * task, value)
                 if not (value > UNDERFLOW and value < math.inf):
                     poke_f64(doubtful, 1.0)
 

@@ -15,16 +15,12 @@ from .simd import (
     first,
     first_lane,
     hany,
-    high64,
     hmax,
     loader,
-    low64,
     peek_i64,
     prefetch,
     splat32,
-    splat64,
     tail_loader,
-    transpose,
     vmax,
 )
 
@@ -152,25 +148,6 @@ def first_top(dtype):
         return top, find(row, found, min(found + TILE, width), f32(top))
 
     return largest
-
-
-_load = loader("float32", f32v)
-
-
-@inline
-def lane_sums(rows, columns):
-    """The sums of the lanes of 16 float32 vectors in memory, as two float64 vectors.
-
-    ``columns`` is memory for as many vectors: transposed, they are added without a shuffle each.
-    """
-    transpose(rows, columns)
-    low = splat64(0.0)
-    high = low
-    for i in range(LANES32):
-        column = _load(columns + 4 * LANES32 * i)
-        low = low + low64(column)
-        high = high + high64(column)
-    return low, high
 
 
 @functools.cache

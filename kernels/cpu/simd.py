@@ -512,6 +512,17 @@ def fold64(typingctx, a):
 
 
 @intrinsic
+def narrowed32(typingctx, low, high):
+    """Two float64 vectors as one of float32, rounded."""
+
+    def codegen(context, builder, sig, args):
+        half = ir.VectorType(ir.FloatType(), LANES64)
+        return _joined(builder, *(builder.fptrunc(each, half) for each in args))
+
+    return f32v(low, high), codegen
+
+
+@intrinsic
 def hany(typingctx, m):
     """True if any lane of the mask is set."""
 
@@ -663,6 +674,41 @@ def transpose(typingctx, source, target):
         return context.get_dummy_value()
 
     return types.void(source, target), codegen
+
+
+@intrinsic
+def lane_sums(typingctx, source):
+    """The sums of the lanes of 16 float32 vectors in memory, as two float64 vectors.
+
+    Halves are widened as they are loaded, which takes no shuffle; then two vectors at a time become
+    one whose lanes are sums of each, in three rounds.
+    """
+
+    def codegen(context, builder, sig, args):
+        half = ir.VectorType(ir.FloatType(), LANES64)
+        pointer = builder.inttoptr(args[0], half.as_pointer())
+        i32 = ir.IntType(32)
+        vectors = []
+        for i in range(LANES32):
+            halves = [
+                builder.load(builder.gep(pointer, [i32(2 * i + j)]), align=4) for j in range(2)
+            ]
+            vectors.append(builder.fadd(*(builder.fpext(each, f64v.llvm) for each in halves)))
+        for size in (1, 2, 4):
+            masks = [
+                ir.Constant(ir.VectorType(i32, LANES64), lanes)
+                for lanes in (
+                    [LANES64 + j - size if j & size else j for j in range(LANES64)],
+                    [LANES64 + j if j & size else j + size for j in range(LANES64)],
+                )
+            ]
+            vectors = [
+                builder.fadd(*(builder.shuffle_vector(x, y, mask) for mask in masks))
+                for x, y in zip(vectors[::2], vectors[1::2], strict=True)
+            ]
+        return context.make_tuple(builder, sig.return_type, vectors)
+
+    return types.UniTuple(f64v, 2)(source), codegen
 
 
 def add_widened(builder, address, vector):

@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from ._pairwise import pairwise
     from ._sources import LogitSource, SourceError, open_logits
     from ._states import RowState
+    from .information import mutual_information
 
 __version__ = "0.1.0"
 
@@ -69,6 +70,7 @@ _LAZY = {
     "bench": "_bench",
     "evaluate": "_job",
     "info": "_machine",
+    "mutual_information": "information",
     "open_logits": "_sources",
     "pairwise": "_pairwise",
     "value_and_grad": "_gradients",
@@ -112,6 +114,7 @@ __all__ = [
     "llama_cpp",
     "log_softmax",
     "logsumexp",
+    "mutual_information",
     "open_logits",
     "pairwise",
     "reference",

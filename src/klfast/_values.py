@@ -25,7 +25,7 @@ from ._arrays import (
 )
 from ._dispatch import select
 
-__all__ = ["Given", "check_axis", "given", "plain_rows"]
+__all__ = ["Given", "check_axis", "check_batches", "given", "plain_rows"]
 
 Values = NDArray[np.float64]
 
@@ -55,10 +55,15 @@ class Given:
             for view in self.views.values()
         ]
 
-    def result(self, values: NDArray[np.float64], dtype: str | None = None) -> Any:
-        """Return float64 values, rounded once, as the same kind of array as the arguments."""
+    def result(self, values: NDArray[Any], dtype: str | None = None) -> Any:
+        """Return float64 values, rounded once, as the same kind of array as the arguments.
+
+        Values that a kernel has rounded to float32 are taken as they are.
+        """
         dtype = dtype or self.dtype
-        return wrap(encode(np.asarray(values, np.float64), dtype), dtype, self.place, self.like)
+        rounded = dtype == "float32" and values.dtype == np.float32
+        stored = values if rounded else encode(np.asarray(values, np.float64), dtype)
+        return wrap(stored, dtype, self.place, self.like)
 
 
 def given(arguments: Mapping[str, Any]) -> Given:
@@ -92,6 +97,15 @@ def check_axis(name: str, shape: tuple[int, ...], least: int = 1) -> None:
     if len(shape) < least or 0 in shape[len(shape) - least :]:
         axes = ", ".join(["...", *["n"] * least])
         raise ValueError(f"{name} has shape {shape}; accepted: shape ({axes}) with n from 1")
+
+
+def check_batches(**shapes: tuple[int, ...]) -> None:
+    """Raise ValueError where the batch axes of arguments, by name, do not broadcast."""
+    try:
+        np.broadcast_shapes(*shapes.values())
+    except ValueError:
+        text = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        raise ValueError(f"batch axes are {text}; accepted: what broadcasts") from None
 
 
 def plain_rows(view: View, shape: tuple[int, ...], width: int) -> Rows | None:

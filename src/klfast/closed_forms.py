@@ -17,7 +17,7 @@ from ._arguments import Options
 from ._arrays import Place, place_of, view_of, wrap
 from ._elementary import kl_term
 from ._scipy import scipy
-from ._values import check_axis, given
+from ._values import check_axis, check_batches, given
 
 __all__ = ["bernoulli_kl", "dirichlet_kl", "kl_from_uniform", "kl_of_uniform"]
 
@@ -72,6 +72,7 @@ def bernoulli_kl(p: Any, q: Any, *, input: Literal["probs", "logits"] = "probs")
         raise ValueError(f"input is {input!r}; accepted: 'probs', 'logits'")
     origin = given({"p": p, "q": q})
     x, y = origin.values()
+    check_batches(p=x.shape, q=y.shape)
     if input == "logits":
         return origin.result(np.asarray(kl_divergence(_two_logits(x), _two_logits(y))))
     x, y = (np.where((each >= 0.0) & (each <= 1.0), each, np.nan) for each in (x, y))
@@ -115,6 +116,7 @@ def dirichlet_kl(p: Any, q: Any) -> Any:
             f"p and q have {a.shape[-1]} and {b.shape[-1]} concentrations; accepted: the same "
             "number"
         )
+    check_batches(p=a.shape[:-1], q=b.shape[:-1])
     a, b = np.broadcast_arrays(a, b)
     inside = (a > 0.0) & (b > 0.0) & np.isfinite(a) & np.isfinite(b)
     valid = np.all(inside, -1, keepdims=True)

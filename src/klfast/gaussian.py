@@ -13,7 +13,8 @@ an argument is, else in float32, in nats where they are logarithms. Whatever the
 cancels where P is close to Q: divergences are never negative, and exactly 0 for equal arguments.
 
 TypeError for arrays of two libraries or dtypes that are no floating-point numbers, ValueError for
-shapes that do not fit. Rows that hold NaN, or infinite means or log-variances, give NaN.
+shapes that do not fit. Rows that hold NaN give NaN, and so do infinite log-variances (but for the
+Wasserstein distance) and covariances; an infinite mean is infinitely far from a finite one.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from ._arguments import out_view
 from ._arrays import STORAGE, encode, memory, wrap
 from ._dispatch import compiled
 from ._elementary import excess
-from ._values import Given, check_axis, given, plain_rows
+from ._values import Given, check_axis, check_batches, given, plain_rows
 from .reference import _phi
 
 __all__ = [
@@ -417,7 +418,8 @@ def _renyi(alpha: float, mp: Values, lp: Values, mq: Values, lq: Values) -> Valu
         far = 0.5 * (log_s / rest - t)
         spread = np.where(np.abs(t) < 1.0, close, far)
         terms = spread + 0.5 * alpha * _distance(mp - mq, lq + log_s)
-        terms = np.where(1.0 + share <= 0.0, np.inf, np.maximum(terms, 0.0))
+        infinite = (1.0 + share <= 0.0) & ~np.isnan(mp - mq)
+        terms = np.where(infinite, np.inf, np.maximum(terms, 0.0))
     total: Values = np.sum(terms, -1)
     return total
 
@@ -468,17 +470,22 @@ def _diagonal(mean_p: Any, logvar_p: Any, mean_q: Any, logvar_q: Any) -> _Diagon
         arrays |= {"mean_q": mean_q, "logvar_q": logvar_q}
     origin = given(arrays)
     shapes = {name: view.shape for name, view in origin.views.items()}
-    try:
-        shape = np.broadcast_shapes(*shapes.values())
-    except ValueError:
-        text = ", ".join(f"{name} {each}" for name, each in shapes.items())
-        raise ValueError(f"shapes do not broadcast: {text}; accepted: shape (..., n)") from None
+    shape = shapes["mean_p"]
+    if any(each != shape for each in shapes.values()):
+        try:
+            shape = np.broadcast_shapes(*shapes.values())
+        except ValueError:
+            text = ", ".join(f"{name} {each}" for name, each in shapes.items())
+            raise ValueError(f"shapes do not broadcast: {text}; accepted: shape (..., n)") from None
     check_axis("mean_p", shape)
     return _Diagonal(origin, shape[:-1], shape[-1])
 
 
-def _fused(batch: _Diagonal, scales: Values | None, into: list[NDArray[Any]]) -> Values:
-    """KL divergence of each row, and its gradients if there is memory for them."""
+def _fused(batch: _Diagonal, scales: Values | None, into: list[NDArray[Any]]) -> NDArray[Any]:
+    """KL divergence of each row, and its gradients if there is memory for them.
+
+    In float64, or rounded to float32 already.
+    """
     kernels = compiled()
     rows = [plain_rows(view, batch.shape, batch.width) for view in batch.given.views.values()]
     usable = all(each is not None and each.dtype == rows[0].dtype for each in rows if rows[0])
@@ -488,12 +495,12 @@ def _fused(batch: _Diagonal, scales: Values | None, into: list[NDArray[Any]]) ->
         flat = np.broadcast_to(values, batch.shape).reshape(-1).copy()
     else:
         flat, carried = kernels.gaussian_kl(rows, scales, into)
-        shaped: Values = flat.reshape(batch.shape)
         if carried:
+            shaped: NDArray[Any] = flat.reshape(batch.shape)
             return shaped
         bad = ~((flat >= UNDERFLOW) & (flat < math.inf))
         if bad.any():
-            flat[bad] = _kl(*_some(batch, bad))
+            flat[bad] = encode(_kl(*_some(batch, bad)), flat.dtype.name)
     if into and bad.any():
         assert scales is not None
         origin = batch.given
@@ -536,11 +543,26 @@ def _full(
             raise ValueError(
                 f"{name} has shape {array.shape}; accepted: shape ({text}), as mean_p has {n}"
             )
+    check_batches(
+        mean_p=mp.shape[:-1], cov_p=cp.shape[:-2], mean_q=mq.shape[:-1], cov_q=cq.shape[:-2]
+    )
+    (mp, cp), (mq, cq) = _without_faults(mp, cp), _without_faults(mq, cq)
     for name, array in (("cov_p", cp), ("cov_q", cq)):
         skew = np.abs(array - np.swapaxes(array, -1, -2))
         if (skew > 1e-6 * np.abs(array).max((-1, -2), keepdims=True)).any():
             raise ValueError(f"{name} is not symmetric; accepted: symmetric positive definite")
     return origin, mp, cp, mq, cq
+
+
+def _without_faults(mean: Values, covariance: Values) -> tuple[Values, Values]:
+    """NaN in the mean in place of a covariance that is not finite, which no factor is found of."""
+    whole = np.asarray(np.isfinite(covariance).all((-1, -2)))
+    if whole.all():
+        return mean, covariance
+    return (
+        np.where(whole[..., None], mean, np.nan),
+        np.where(whole[..., None, None], covariance, np.eye(mean.shape[-1])),
+    )
 
 
 def _cholesky(name: str, covariance: Values) -> Values:

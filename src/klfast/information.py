@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ._api import entropy, kl_divergence, logsumexp
-from ._values import Given, check_axis, given
+from ._values import Given, check_axis, check_batches, given
 from .closed_forms import bernoulli_kl
 
 __all__ = [
@@ -144,6 +144,7 @@ def information_bottleneck(
         raise ValueError(
             f"encoder has shape {codes.shape}, joint {table.shape}; accepted: the same number of x"
         )
+    check_batches(joint=table.shape[:-2], encoder=codes.shape[:-2])
     if not 0.0 <= float(beta) < math.inf:
         raise ValueError(f"beta is {beta!r}; accepted: a number from 0")
     if input in ("probs", "counts"):
@@ -294,7 +295,10 @@ def _joint(joint: Any, input: str) -> tuple[Given, Values]:
     if input not in INPUTS:
         raise ValueError(f"input is {input!r}; accepted: {', '.join(map(repr, INPUTS))}")
     if input == "counts":
-        joint = np.asarray(joint).astype(np.float64)
+        joint = np.asarray(joint)
+        if joint.dtype.kind not in "biuf":
+            raise TypeError(f"joint has dtype {joint.dtype}; accepted: integers or real numbers")
+        joint = joint.astype(np.float64)
         if not (np.isfinite(joint).all() and (joint >= 0.0).all()):
             raise ValueError("joint holds a negative count, NaN or infinity; accepted: from 0")
     origin = given({"joint": joint})

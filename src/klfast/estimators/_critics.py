@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .._api import chi2_divergence, logsumexp
-from .._values import check_axis, given
+from .._values import check_axis, check_batches, given
 from ._samples import Estimate, mean_and_variance
 
 __all__ = ["donsker_varadhan", "infonce", "nwj"]
@@ -52,9 +52,8 @@ def donsker_varadhan(joint: Any, marginal: Any, *, correct_bias: bool = False) -
         m = b.shape[-1]
         if m < 2:
             raise ValueError("marginal has 1 score; accepted: at least 2, to leave one out")
-        # log of the mean without sample i: the mean, less the share of the sample in its sum.
-        share = np.exp(b.astype(np.float64) - (log_mean + math.log(m))[..., None])
-        without = log_mean + np.log1p(-share).mean(-1) + math.log(m / (m - 1))
+        left = _log_left(b.astype(np.float64), log_mean + math.log(m))
+        without = log_mean + left.mean(-1) + math.log(m / (m - 1))
         log_mean = m * log_mean - (m - 1) * without
     return Estimate(origin.result(mean - log_mean), origin.result(np.sqrt(variance + relative)))
 
@@ -110,9 +109,22 @@ def infonce(scores: Any) -> Estimate:
     return Estimate(origin.result(mean), origin.result(np.sqrt(variance)))
 
 
+def _log_left(x: Values, total: Values) -> Values:
+    """log of the share of the sum of exp(x) that is left without each entry."""
+    share = np.exp(x - total[..., None])
+    left = np.log1p(-np.minimum(share, 0.5))
+    # Of a sum that is nearly all one entry, what is left is summed without that entry.
+    for place in zip(*np.nonzero(share > 0.5), strict=True):
+        *row, i = place
+        others = np.delete(x[tuple(row)], i)
+        left[place] = np.logaddexp.reduce(others) - total[tuple(row)]
+    return left
+
+
 def _scores(joint: Scores, marginal: Scores) -> tuple[Scores, Scores]:
     check_axis("joint", joint.shape)
     check_axis("marginal", marginal.shape)
+    check_batches(joint=joint.shape[:-1], marginal=marginal.shape[:-1])
     return joint, marginal
 
 

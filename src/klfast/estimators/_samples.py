@@ -119,6 +119,7 @@ def knn_kl(x: ArrayLike, y: ArrayLike, k: int = 5, *, bias_reduced: bool = False
         The estimate in nats. It may be negative, as noise is.
 
     Raises:
+        TypeError: for samples that are not real numbers.
         ValueError: for samples that are not finite, too few, or that repeat: the densities that
             the method needs do not exist then.
         ImportError: without SciPy, which the extra "stats" installs.
@@ -149,13 +150,16 @@ def knn_kl(x: ArrayLike, y: ArrayLike, k: int = 5, *, bias_reduced: bool = False
     tree_x, tree_y = cKDTree(a), cKDTree(b)
     own, _ = tree_x.query(a, [2, k + 1], workers=-1)
     other, _ = tree_y.query(a, [1, k], workers=-1)
-    for name, nearest in (("x", own[:, 0]), ("y", other[:, 0])):
+    within, _ = tree_y.query(b, [min(2, m)], workers=-1)
+    for nearest, name, where in (
+        (own[:, 0], "x", "another sample of x"), (other[:, 0], "x", "in y"),
+        (within[:, 0] if m > 1 else np.ones(1), "y", "another sample of y"),
+    ):  # fmt: skip
         bad = np.flatnonzero(nearest == 0)
         if bad.size:
             raise ValueError(
-                f"x[{bad[0]}] is also {'another sample of x' if name == 'x' else 'in y'}; accepted:"
-                " samples of continuous distributions, which do not repeat (count those of discrete"
-                " ones: kl_from_counts)"
+                f"{name}[{bad[0]}] is also {where}; accepted: samples of continuous distributions, "
+                "which do not repeat (count those of discrete ones: kl_from_counts)"
             )
     rho, nu = own[:, 1], other[:, 1]
     constant = math.log(m / (n - 1))
@@ -173,7 +177,10 @@ def knn_kl(x: ArrayLike, y: ArrayLike, k: int = 5, *, bias_reduced: bool = False
 
 
 def _samples(name: str, x: ArrayLike) -> Values:
-    array = np.asarray(x, np.float64)
+    array = np.asarray(x)
+    if array.dtype.kind not in "biuf":
+        raise TypeError(f"{name} has dtype {array.dtype}; accepted: real numbers")
+    array = array.astype(np.float64)
     if array.ndim == 1:
         array = array[:, None]
     if array.ndim != 2 or 0 in array.shape:
