@@ -256,6 +256,47 @@ def test_ordinary_rows_are_done_by_one_kernel(noise: float, monkeypatch: Any) ->
             assert (found[2, 100:3000] == 0.0).all()
 
 
+@pytest.mark.parametrize("noise", [3.0, None])
+def test_far_rows_are_done_by_one_kernel(noise: float | None, monkeypatch: Any) -> None:
+    """KL is 4.5 to 9 nats: constants of the first pass alone would not do."""
+    cpu = pytest.importorskip("klfast.kernels.cpu")
+    rng = np.random.default_rng(11)
+    p, q = rng.normal(size=(2, 6, 4099)).astype(np.float32) * np.float32(3.0)
+    if noise is not None:
+        p *= np.float32(2 / 3)
+        q = p + np.float32(noise / 3) * q
+    p[2, 100:3000] = q[2, 100:3000] = -np.inf
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("rows were left to float64")
+
+    monkeypatch.setattr(cpu, "_exact_gradient", refuse)
+    for name in ("js", "js:0.1", "tv", "hellinger2"):
+        value, gradients = both(name, p, q)
+        np.testing.assert_allclose(value, true_value(name, p, q), rtol=2e-6)
+        for wrt, found in zip("pq", gradients, strict=True):
+            expected = true_gradient(name, p, q, wrt)
+            largest = np.abs(expected).max(-1, keepdims=True)
+            assert (np.abs(found - expected) <= 5e-6 * largest).all(), (name, wrt)
+            assert (found[2, 100:3000] == 0.0).all()
+
+
+@pytest.mark.parametrize("name", ["js", "js:0.1", "tv"])
+def test_gradients_where_one_row_has_lost_part_of_the_other(name: str) -> None:
+    """Those of entries that are nearly gone are the largest: q = p + (q - p) has none of them."""
+    rng = np.random.default_rng(5)
+    p = rng.normal(size=(40, 520)).astype(np.float32)
+    q = p + (1e-3 * rng.uniform(0, 1, (40, 1)) * rng.normal(size=p.shape)).astype(np.float32)
+    share, jump = rng.uniform(0.2, 0.9, (40, 1)), rng.uniform(3, 14, (40, 1))
+    q += (jump * (np.arange(520) > 520 * share)).astype(np.float32)
+    for first, second in ((p, q), (q, p)):
+        _, gradients = both(name, first, second)
+        for wrt, found in zip("pq", gradients, strict=True):
+            expected = true_gradient(name, first, second, wrt)
+            largest = np.abs(expected).max(-1, keepdims=True)
+            assert (np.abs(found - expected) <= 1e-5 * largest).all(), wrt
+
+
 @pytest.mark.parametrize("independent", [False, True])
 def test_no_row_needs_the_reference(independent: bool, monkeypatch: Any) -> None:
     """Float64 logits, of every measure: compiled, and as exact as the reference."""

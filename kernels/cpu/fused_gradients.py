@@ -18,6 +18,10 @@ The means of total variation and Jensen-Shannon are sums over the second pass.  
 (of own (b - W)) in the place of the gradient, and the third pass subtracts own W.  Exchanging P and
 Q changes no bit: the first of both is the one that is smaller where they first differ.
 
+Of rows that are far apart, the first pass does not give c as exactly as their value.  There q - p,
+whose sum is 0, says how far c is off, and the second pass is done once more; what is left of own b
+beside own W is then looked at, before the third.
+
 What bounds it are instructions and, next to them, memory: two vectors are in work at once, because
 one chain of operations after the other leaves the processor waiting.
 
@@ -96,6 +100,15 @@ SMALLEST = 1e-14
 APART = 2.0
 #: What t is at most where p = q, beside the square root of KL: what c is off.
 TIE = 6e-8
+#: What it is at most in rows that are far apart, beside what their masses differ by.
+FAR_TIE = 1e-6
+#: How many times as large brackets may be as what is left beside their mean, and from where on
+#: (of the divergence of Q from P) that is looked at.
+SHOWING = 4.0
+DOUBTFUL = 0.1
+#: What the weights of rows that are far apart are at least: smaller ones have logarithms of m/p or
+#: m/q that are less exact.
+EVEN = 0.02
 #: Mean squares about the mean, beside the square of the mean: where there is less, the gradient
 #: is much smaller than what it is the difference of.
 SPREAD = 0.01
@@ -219,7 +232,9 @@ def balanced(operation, sides, dtype_p, dtype_q):
         return sound and abs(total) * top <= BALANCE * largest, sound
 
     @inline
-    def second(x, y, at_p, at_q, width, a, constants, value, other, alpha, mix, scale_p, scale_q):
+    def second(
+        x, y, at_p, at_q, width, a, constants, value, other, close, alpha, mix, scale_p, scale_q,
+    ):  # fmt: skip
         """Write the gradients; gives the value again, NaN where they are not right.
 
         ``other`` is the divergence of P from Q, of Jeffreys.
@@ -362,27 +377,29 @@ def summed(operation, sides, dtype_p, dtype_q):
         return product, (s + product, fma(product, bracket, r))
 
     @inline
-    def both(p, q, a, constants, sums, sums_p, sums_q, tie):
-        kx0, kx1, c0, c1, least, mix = constants
+    def both(p, q, a, constants, sums, sums_p, sums_q, closest):
+        kx0, kx1, c0, c1, mix = constants
         d, lost = exact_subtraction(p, q)
         t = vmax(fma(d, a, c0) + fma(lost, a, c1), -FAR)
         of_p = exp2_32(fma(p, a, kx0) + kx1)
-        change = of_p * exp2_minus_one_32(t)
-        of_q = of_p + change
+        # Not the sum of p and q - p: of a q that is much smaller, all of it would be rounding.
+        ratio, less = exp2_and_rest_32(-t)
+        of_q, change = of_p * ratio, -of_p * less
         b_p, b_q = t, t
         s, r = sums
         if tv:
-            s, r = s + vabs(change), r + change
-            tie = tie | (vabs(t) < least)
+            s = s + vabs(change)
+            closest = vmin(vabs(t), closest)
         else:
             term, b_p, b_q = jensen_shannon(t, change, of_p, of_q, mix)
             s = s + term
+        r = r + change
         g, h = t, t
         if to_p:
             g, sums_p = side(of_p, -t, b_p, sums_p)
         if to_q:
             h, sums_q = side(of_q, t, b_q, sums_q)
-        return g, h, (s, r), sums_p, sums_q, tie
+        return g, h, (s, r), sums_p, sums_q, closest
 
     @inline
     def folded(totals, sums):
@@ -392,7 +409,7 @@ def summed(operation, sides, dtype_p, dtype_q):
     def add_up(x, y, at_p, at_q, width, a, constants):
         zero = splat32w(0.0)
         none = (zero, zero)
-        tie = zero != zero
+        closest = splat32w(FAR)
         totals = (splat64(0.0), splat64(0.0))
         totals_p = totals
         totals_q = totals
@@ -407,8 +424,8 @@ def summed(operation, sides, dtype_p, dtype_q):
                 ask_ahead(x, j, size_p)
                 ask_ahead(y, j, size_q)
                 p, q = load_p(x + j * size_p), load_q(y + j * size_q)
-                g, h, sums, sums_p, sums_q, tie = both(
-                    p, q, a, constants, sums, sums_p, sums_q, tie
+                g, h, sums, sums_p, sums_q, closest = both(
+                    p, q, a, constants, sums, sums_p, sums_q, closest
                 )
                 if to_p:
                     store(at_p + 4 * j, g)
@@ -417,8 +434,8 @@ def summed(operation, sides, dtype_p, dtype_q):
                 j += LANES32W
             if full == j < width:
                 p, q = tail_p(x + j * size_p, width - j), tail_q(y + j * size_q, width - j)
-                g, h, sums, sums_p, sums_q, tie = both(
-                    p, q, a, constants, sums, sums_p, sums_q, tie
+                g, h, sums, sums_p, sums_q, closest = both(
+                    p, q, a, constants, sums, sums_p, sums_q, closest
                 )
                 if to_p:
                     store_tail(at_p + 4 * j, g, width - j)
@@ -430,7 +447,7 @@ def summed(operation, sides, dtype_p, dtype_q):
             totals_q = folded(totals_q, sums_q)
         return (
             (hsum(totals[0]), hsum(totals[1])), (hsum(totals_p[0]), hsum(totals_p[1])),
-            (hsum(totals_q[0]), hsum(totals_q[1])), hany(tie),
+            (hsum(totals_q[0]), hsum(totals_q[1])), -f64(hmax(-closest)),
         )  # fmt: skip
 
     @inline
@@ -446,10 +463,12 @@ def summed(operation, sides, dtype_p, dtype_q):
         return tv or sums[1] - sums[0] * sums[0] > least * sums[0] * sums[0]
 
     @inline
-    def second(x, y, at_p, at_q, width, a, constants, value, other, alpha, mix, scale_p, scale_q):
+    def second(
+        x, y, at_p, at_q, width, a, constants, value, other, close, alpha, mix, scale_p, scale_q,
+    ):  # fmt: skip
         """Gives the value and what the third pass takes of each side; NaN: not an ordinary row."""
         kx, ky, c = constants
-        least = f32(TIE * math.sqrt(value))
+        least = TIE * math.sqrt(value)
         of_p = (0.0, 0.0)
         of_q = (0.0, 0.0)
         w, coefficients = mix
@@ -461,22 +480,32 @@ def summed(operation, sides, dtype_p, dtype_q):
             shift_p = math.log(w) if far else 0.0
             shift_q = math.log1p(-w) if far else 0.0
             mixed = (f32(w), f32(1.0 - w), far, f32(shift_p), f32(shift_q), coefficients)
-            given = (*halves(kx), *halves(c), least, mixed)
-            sums, sums_p, sums_q, tie = add_up(x, y, at_p, at_q, width, f32(a), given)
-            if tv and not abs(sums[1]) <= BALANCE * sums[0]:
+            given = (*halves(kx), *halves(c), mixed)
+            sums, sums_p, sums_q, closest = add_up(x, y, at_p, at_q, width, f32(a), given)
+            # Both rows' masses are 1.  c is known of close rows, and total variation of them is
+            # checked beside its size; of others the difference is one of order 1.
+            off = abs(sums[1])
+            if not off <= (BALANCE * sums[0] if tv else math.inf if close else BALANCE):
                 c -= math.log1p(sums[1]) * LOG2_E
                 continue
-            value = min(0.5 * sums[0], 1.0) if tv else sums[0]
+            if not close:
+                least = max(least, FAR_TIE + off * LOG2_E)
+            value = sums[0]
+            if tv:
+                # p is more exact than q = p 2**t: take the sum where p is the larger.
+                value = min(0.5 * (sums[0] if close else sums[0] - sums[1]), 1.0)
             if to_p:
                 of_p = shares(sums_p)
             if to_q:
                 of_q = shares(sums_q)
+                if js:  # beside what the third pass takes for q, with ky as it was
+                    of_q = of_q[0] * math.exp2(c - constants[2]), 0.0
             clear = (not to_p or spread(sums_p, wide)) and (not to_q or spread(sums_q, wide))
             if js and not clear and not turned:
                 far = not far
                 turned = True
                 continue
-            usable = UNDERFLOW <= value and not tie and clear
+            usable = UNDERFLOW <= value and closest >= least and clear
             return (value if usable else math.nan), of_p, of_q
         return math.nan, of_p, of_q
 
@@ -485,7 +514,11 @@ def summed(operation, sides, dtype_p, dtype_q):
 
 @functools.cache
 def third(operation, dtype, dtype_into):
-    """An inlined pass over what is staged: it subtracts the mean, where one is left; and rounds."""
+    """Inlined passes over what is staged.
+
+    One subtracts the mean, where one is left, and rounds; the other, of Jensen-Shannon, says
+    beforehand whether what remains is not much smaller than what it is the difference of.
+    """
     load, load_tail = loader(dtype, f32w), tail_loader(dtype, f32w)
     staged, staged_tail = loader("float32", f32w), tail_loader("float32", f32w)
     write, write_tail = storer(dtype_into)
@@ -500,6 +533,25 @@ def third(operation, dtype, dtype_into):
         if js:
             return fma(exp2_32(fma(z, a, k0) + k1), other, g * one)
         return g
+
+    @inline
+    def shows(x, at, width, a, k, mean):
+        constants = (*halves(k), f32(1.0), f32(-mean))
+        a32 = f32(a)
+        zero = splat32w(0.0)
+        before = zero
+        after = zero
+        full = width // LANES32W * LANES32W
+        for j in range(0, width, LANES32W):
+            g, z = zero, zero
+            if j < full:
+                g, z = staged(at + 4 * j), load(x + j * size)
+            else:
+                g, z = staged_tail(at + 4 * j, width - j), load_tail(x + j * size, width - j)
+                g = where(g > -math.inf, g, 0.0)  # which the lanes beyond are
+            before = vmax(vabs(g), before)
+            after = vmax(vabs(vector(g, z, a32, constants)), after)
+        return hmax(before) <= SHOWING * hmax(after)
 
     @inline
     def run(x, at, out, width, a, k, numbers, scale):
@@ -517,7 +569,7 @@ def third(operation, dtype, dtype_into):
             g = vector(staged_tail(at + 4 * full, n), load_tail(x + full * size, n), a32, constants)
             write_tail(out + full * size_into, g, n)
 
-    return run
+    return run, shows
 
 
 @functools.cache
@@ -555,8 +607,8 @@ def build(operation, sides, dtype_p, dtype_q, dtype_into_p, dtype_into_q):
         larger = order(dtype_p)
     turned = -1.0 if renyi else 1.0
     to_p, to_q = "p" in sides, "q" in sides
-    third_p = third(operation, dtype_p, dtype_into_p)
-    third_q = third(operation, dtype_q, dtype_into_q)
+    third_p, shows_p = third(operation, dtype_p, dtype_into_p)
+    third_q, shows_q = third(operation, dtype_q, dtype_into_q)
 
     def kernel(
         p, p_stride, p_offsets, q, q_stride, q_offsets, width, rows, n_rows, counter, chunk, redo,
@@ -594,6 +646,7 @@ def build(operation, sides, dtype_p, dtype_q, dtype_into_p, dtype_into_q):
                     first, other = y, x
                 state = part(first, other, 0, width, a, beta, limit * LOG2_E)
                 value, back, close = finish(state, beta)
+                doubtful = js and (not close or value > DOUBTFUL)
                 constants = constants_of(state)
                 of_p = (1.0, 1.0)
                 of_q = of_p
@@ -601,22 +654,29 @@ def build(operation, sides, dtype_p, dtype_q, dtype_into_p, dtype_into_q):
                     S = math.exp(beta * value)
                     scale_p *= S
                     scale_q *= S
-                # Constants that are not as exact as the value are found out by ``balanced``.
-                usable = (close or not summing) and UNDERFLOW <= value < math.inf
+                # Constants that are not as exact as the value are found out by either pass.
+                usable = UNDERFLOW <= value < math.inf
+                if js and not close:
+                    usable = usable and EVEN <= beta <= 1.0 - EVEN
                 usable = usable and (not jeffreys or back >= UNDERFLOW)
                 if usable and abs(scale_p) < LARGEST and abs(scale_q) < LARGEST:
                     if exchanged:
                         value, of_q, of_p = second_exchanged(
-                            y, x, at_q, at_p, width, a, constants, value, back, alpha, mix,
+                            y, x, at_q, at_p, width, a, constants, value, back, close, alpha, mix,
                             turned * scale_q, turned * scale_p,
                         )  # fmt: skip
                         constants = constants[1], constants[0], -constants[2]
                     else:
                         value, of_p, of_q = second(
-                            x, y, at_p, at_q, width, a, constants, value, back, alpha, mix,
+                            x, y, at_p, at_q, width, a, constants, value, back, close, alpha, mix,
                             scale_p, scale_q,
                         )  # fmt: skip
                     usable = value == value
+                    if usable and doubtful:
+                        if to_p:
+                            usable = shows_p(x, at_p, width, a, constants[0], of_p[0])
+                        if to_q and usable:
+                            usable = shows_q(y, at_q, width, a, constants[1], of_q[0])
                 else:
                     usable = False
                 if not usable:
