@@ -166,8 +166,10 @@ class Job:
         )
         rows += sum(2 * 4 * (width + 1) for each in self.pairs if isinstance(each, FlooredPair))
         read = self.chunk_rows * rows + sum(getattr(each, "memory", 0) for each in made)
-        # Columns are joined at the end, and summarized from a copy.
-        columns = 2 * 8 * self.rows * len(self.tests) * (len(self.names) + 5)
+        # Columns are joined at the end, and summarized from a copy. Which rows they are of is one,
+        # and their positions another, where some are left out.
+        number = len(self.names) + (3 if self.where is None else 5)
+        columns = 2 * 8 * self.rows * len(self.tests) * number
         return _FIXED_BYTES + read + columns
 
     def run(
