@@ -22,7 +22,7 @@ S - abs(D) must not cancel, or the smaller of Sx and Sy is lost: a tile that wou
 above S/2 is done again with references moved apart until both sums are about equal.  So both have
 small relative errors, of some e, when they are summed.  Moving references multiplies each by a
 number, in float64, and leaves D with an error of no more than about 2 e S, whatever H was.
-This is done where ``equal`` asks for it: gradients of rows that far apart need more than float32.
+This is done where ``equal`` asks for it.
 
 Near form.  Where all abs(t) of a block are at most NEAR, one exponential is enough, that of the
 geometric mean g = 2**((u + v)/2): with x = t log(2)/2,
@@ -177,12 +177,11 @@ def all_near(high, s):
 
 
 @functools.cache
-def normalization(dtype_p, dtype_q, difference, larger, near=False, tops=False):
+def normalization(dtype_p, dtype_q, difference, larger, near):
     """``first`` (the sums of a part of a row pair), ``merge`` of two parts, ``normalizers``.
 
     ``difference`` and ``larger`` are what ``subtraction`` and ``larger_power`` give; ``near`` says
-    whether near blocks take the near form, which does not subtract exactly.  With ``tops``,
-    ``first`` also gives where the largest entries are.
+    whether near blocks take the near form, which does not subtract exactly.
     """
     load_p, load_q = loader(dtype_p, f32v), loader(dtype_q, f32v)
     tail_p, tail_q = tail_loader(dtype_p, f32v), tail_loader(dtype_q, f32v)
@@ -307,7 +306,7 @@ def normalization(dtype_p, dtype_q, difference, larger, near=False, tops=False):
         return hsum(S), hsum(D), hsum(H), hany(bad), close
 
     @inline
-    def sums_and_tops(x, y, start, stop, a, equal):
+    def first(x, y, start, stop, a, equal):
         """The sums of [start, stop) and their references; S is NaN where they cannot be had.
 
         And of each row the largest entry, and where the first tile that has it starts.
@@ -368,10 +367,6 @@ def normalization(dtype_p, dtype_q, difference, larger, near=False, tops=False):
         return rx, ry, S, D, H, top_x, tile_x, top_y, tile_y
 
     @inline
-    def only_sums(x, y, start, stop, a, equal):
-        return sums_and_tops(x, y, start, stop, a, equal)[:5]
-
-    @inline
     def normalizers(state):
         rx, ry, S, D, H = state
         sx = 0.5 * (S - D)
@@ -383,4 +378,4 @@ def normalization(dtype_p, dtype_q, difference, larger, near=False, tops=False):
             ratio = math.log2(sx) - math.log2(sy)
         return rx - math.log2(sx), ry - math.log2(sy), (ry - rx) + ratio
 
-    return (sums_and_tops if tops else only_sums), merge, normalizers
+    return first, merge, normalizers

@@ -249,7 +249,7 @@ def build(operation, dtype_p, dtype_q, exactly):
     load_p, load_q = loader(dtype_p, f32v), loader(dtype_q, f32v)
     tail_p, tail_q = tail_loader(dtype_p, f32v), tail_loader(dtype_q, f32v)
     difference, larger = subtraction(exactly), larger_power(exactly)
-    first, merge, normalizers = normalization(dtype_p, dtype_q, difference, larger, near, tops=True)
+    first, merge, normalizers = normalization(dtype_p, dtype_q, difference, larger, near)
     measured, near_step, totals, near_totals = terms(tuple(names), difference, larger, exactly)
     rounded = rounding(exactly)
     size_p, size_q = ITEMSIZE[dtype_p], ITEMSIZE[dtype_q]
@@ -440,7 +440,7 @@ def build(operation, dtype_p, dtype_q, exactly):
                         constants = (kx, ky, c)
                     sums = second(measured, x, y, start, stop, a, constants)
                     # Where most of D is the distance of the references from each other, c is not
-                    # as exact as a gradient needs it.
+                    # as exact as the rows are close: who asks for it gets none.
                     if found != 0 and (corrected or abs(state[3]) <= 0.5 * state[4]):
                         for i in range(3):
                             poke_f64(found + 24 * row + 8 * i, constants[i])
