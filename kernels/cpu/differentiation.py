@@ -62,18 +62,21 @@ def gradient(
     One kernel does ordinary rows; another in float64 those that it leaves, and any others.
     """
     other = p if q is None else q
-    tilt = _tilt(name, parameters)
     plan = _gradient_plan(name, parameters)
-    numbers = np.arange(p.count) if rows is None else rows
-    if tilt.fused and _is_fused(plan.steps[0], p, other, into_p, into_q):
-        numbers = _fused_gradient(tilt, plan, p, other, numbers, out, scale, into_p, into_q)
-    if len(numbers):
-        _exact_gradient(tilt, plan, p, other, numbers, out, scale, into_p, into_q)
+    (step,) = plan.steps
+    tilt = _tilt(name, parameters, step.operation)
+    numbers = left = np.arange(p.count) if rows is None else rows
+    values = out if plan.finish is Finish.SAME else np.empty(p.count)
+    if len(left) and tilt.fused and _is_fused(step, p, other, into_p, into_q):
+        left = _fused_gradient(tilt, step, p, other, left, values, scale, into_p, into_q)
+    if len(left):
+        _exact_gradient(tilt, step, p, other, left, values, scale, into_p, into_q)
+    if values is not out:
+        out[numbers] = finish(plan, [values[numbers]])
 
 
-def _tilt(name: str, parameters: tuple[float, ...]) -> Tilt:
+def _tilt(name: str, parameters: tuple[float, ...], operation: str) -> Tilt:
     (parameter,) = parameters or (1.0,)
-    operation = _gradient_plan(name, parameters).steps[0].operation
     if name == "js":
         w = parameter
         if operation != "js":  # there is nothing to mix
@@ -118,20 +121,16 @@ def _is_fused(step: Step, p: Rows, q: Rows, *targets: Rows | None) -> bool:
 
 def _fused_gradient(
     tilt: Tilt,
-    plan: Plan,
+    step: Step,
     p: Rows,
     q: Rows,
     rows: Numbers,
-    out: Values,
+    values: Values,
     scale: Values,
     into_p: Rows | None,
     into_q: Rows | None,
 ) -> Numbers:
     """Do the ordinary rows; returns the others."""
-    if not len(rows):
-        return rows
-    (step,) = plan.steps
-    values = out if plan.finish is Finish.SAME else np.empty(p.count)
     scales = scale[:, None] * tilt.factors
     sides = [(p, into_p), (q, into_q)]
     # Symmetric ones take the same dtype first whatever the order.
@@ -168,11 +167,7 @@ def _fused_gradient(
         step.parameter, step.limit,
     )  # fmt: skip
     threads.run(functools.partial(function, *arguments), workers)
-    left = np.sort(space[3 : 3 + space[2]])
-    if plan.finish is not Finish.SAME:
-        done = rows if not len(left) else np.setdiff1d(rows, left)
-        out[done] = finish(plan, [values[done]])
-    return left
+    return np.sort(space[3 : 3 + space[2]])
 
 
 @functools.cache
@@ -194,18 +189,16 @@ def _mixture(weight: float) -> Values:
 
 def _exact_gradient(
     tilt: Tilt,
-    plan: Plan,
+    step: Step,
     p: Rows,
     q: Rows,
     rows: Numbers,
-    out: Values,
+    values: Values,
     scale: Values,
     into_p: Rows | None,
     into_q: Rows | None,
 ) -> None:
     """Do any rows whatever, in float64."""
-    (step,) = plan.steps
-    values = out if plan.finish is Finish.SAME else np.empty(p.count)
     sides, factors = [(p, into_p), (q, into_q)], tilt.factors
     if step.rows == "qp":
         sides.reverse()
@@ -221,5 +214,3 @@ def _exact_gradient(
         *(1.0 / rows_of.temperature for rows_of, _ in sides), beta, *factors,
     )  # fmt: skip
     launch(compiled("exact_gradients", step.operation), arguments, 8 * len(rows) * p.width, False)
-    if plan.finish is not Finish.SAME:
-        out[rows] = finish(plan, [values[rows]])
