@@ -157,8 +157,8 @@ def plain_rows(x: Any, place: Place) -> Rows | None:
         plain = x.flags.c_contiguous
     elif place == ("PyTorch", "cpu"):
         dtype = _torch_name(x.dtype)
-        plain = _torch_name(x.layout) == "strided" and x.is_contiguous() and not x.is_neg()
-        plain = plain and not x.requires_grad
+        plain = _torch_name(x.layout) == "strided" and x.is_contiguous()
+        plain = plain and not (x.is_neg() or x.requires_grad)
     else:
         return None
     *batch, width = x.shape or (0,)

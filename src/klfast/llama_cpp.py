@@ -372,8 +372,8 @@ def statistics(base: BaseLogits, test: LogitSource) -> Iterator[str]:
     that of the largest entry not at all. It is without bias: rows of real files whose missing mass
     is below 1e-5 sum to 1, to 0.01 steps. What llama.cpp printed of the same model may be further
     off: of 115 tokens of a Q5_0 model, the mean of nll_q differed from that of its file by 1.8e-5,
-    3.8 standard deviations of rounding, as if each logit were another by 1e-4. That leaves the
-    model itself: file and printed lines come from two runs of it.
+    3.8 standard deviations of rounding, as if each logit were another by 1e-4. Most likely the
+    file and the printed lines come from two runs of the model; that was not tried.
 
     Raises
     ------
