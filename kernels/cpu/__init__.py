@@ -7,6 +7,7 @@ A call is planned as one or more kernel runs (a *step*), which write one value a
 ``one_pass``            KL, Rényi and what follows from it, cross-entropy: float32, one read
 ``two_phase``           JS with weight 1/2, total variation, Hellinger, Jeffreys: float32;
                         for ``compare`` several of them, both KL and the largest entries together
+``affinity``            squared Hellinger, where it is wanted alone: float32, one read
 ``single_pass``         entropy, log-sum-exp, token log-probabilities, argmax: float32
 ``exact``               all of them, and the rest, in float64, for any input
 ``top_k``               overlap of the largest entries
@@ -31,7 +32,17 @@ from klfast._arrays import Rows
 from ..plans import EXAMPLE, LOG_SOFTMAX, Step, exact_operation, plan_of, plans_of
 from . import native
 from .differentiation import gradient
-from .runs import AT_A_TIME, WORTH_A_THREAD, Values, address, compiled, cut, is_fast, launch
+from .runs import (
+    AT_A_TIME,
+    WORTH_A_THREAD,
+    Values,
+    address,
+    compiled,
+    cut,
+    in_one_read,
+    is_fast,
+    launch,
+)
 from .states import partial_sums, shard
 from .threads import get_num_threads, set_num_threads
 from .values import compare, joint_names, log_softmax, run, taken_together
@@ -71,6 +82,8 @@ def explain(name: str, p: Rows, q: Rows | None) -> dict[str, object]:
         pair = len(step.rows) == 2
         fast = step.module not in ("exact", "top_k") and is_fast(p, q if pair else None)
         module = step.module if fast or step.module == "top_k" else "exact"
+        if fast and in_one_read(step):
+            module = "affinity"
         described.append(
             {
                 "kernel": f"{module}.{step.operation}",
@@ -83,7 +96,7 @@ def explain(name: str, p: Rows, q: Rows | None) -> dict[str, object]:
 
 
 #: Times that a row is read: from main memory once, then from cache.
-_PASSES = {"one_pass": 1, "single_pass": 1, "two_phase": 2, "exact": 3, "top_k": 1}
+_PASSES = {"one_pass": 1, "affinity": 1, "single_pass": 1, "two_phase": 2, "exact": 3, "top_k": 1}
 
 
 def read_bytes(array: NDArray[Any]) -> None:
@@ -120,6 +133,8 @@ def warmup(names: Sequence[str], dtypes: Sequence[str]) -> None:
             if step.module in ("exact", "top_k"):
                 continue
             for types in itertools.product(floats, repeat=len(step.rows)):
+                if in_one_read(step):
+                    compiled("affinity", *types)
                 for last in ((False,), (True,)) if len(types) == 2 else ((),):
                     compiled(step.module, step.operation, *types, *last)
 

@@ -34,6 +34,7 @@ __all__ = [
     "address",
     "compiled",
     "cut",
+    "in_one_read",
     "is_fast",
     "launch",
     "placed",
@@ -59,6 +60,7 @@ _DTYPE_CODE = {"float16": 0, "bfloat16": 1, "float32": 2, "float64": 3}
 _SIGNATURE = {
     "one_pass": "q" * 19 + "d" * 3,
     "two_phase": "q" * 20 + "d",
+    "affinity": "q" * 17 + "d",
     "single_pass": "q" * 18 + "d",
     "exact": "q" * 19 + "d" * 3,
     "fused_gradients": "q" * 23 + "d" * 3,
@@ -92,6 +94,11 @@ def is_fast(p: Rows, q: Rows | None = None) -> bool:
     if size == 8 or p.stride != size or p.input == "probs" or p.temperature < 1e-30:
         return False
     return q is None or (is_fast(q) and q.temperature == p.temperature)
+
+
+def in_one_read(step: Step) -> bool:
+    """Whether ``affinity`` does this step of ``two_phase``, where nobody asks for constants."""
+    return step.module == "two_phase" and step.operation == "hellinger2"
 
 
 def cut(n: int, width: int) -> tuple[int, int, int]:
@@ -192,11 +199,17 @@ def unfinished(
             results = (0, *placed(written))
         runs = [(*placed(p), *share, states, done, redo, address(tokens), *results, inverse)]
     else:
-        function = compiled(step.module, step.operation, p.dtype, q.dtype, exactly)
+        once = in_one_read(step) and not exactly and known is None and normalizers is None
+        if once:
+            function = compiled("affinity", p.dtype, q.dtype)
+        else:
+            function = compiled(step.module, step.operation, p.dtype, q.dtype, exactly)
         assert isinstance(out, np.ndarray)
         lead = (*placed(p), *placed(q), *share)
         results = (states, done, redo, address(out))
-        if step.module == "one_pass":
+        if once:
+            runs = [(*lead, *results, inverse)]
+        elif step.module == "one_pass":
             # A power of the sums takes the order's multiple of an error.
             reach = REACH_EXACTLY if exactly else REACH / max(1.0, step.parameter)
             if step.parameter > 2.0:
