@@ -22,8 +22,8 @@ mean are taken out between tiles.  E adds up, twice, what negative numbers went 
 
 With M = 2**max(u', v'), u' = a x + k - c/2, v' = a y + k + c/2, k = (rx + ry)/2 (hence
 v' - u' = t) and r = 1 - 2**(-abs(t)/2), the terms are M (1 - r), M r**2/2 and
-sign(t) M r (2 - r)/2, which hold for any t, infinite ones included.  Blocks where all abs(t) are at most NEAR take g and
-polynomials instead, as in ``normalization``.
+sign(t) M r (2 - r)/2, which hold for any t, infinite ones included.  Blocks where all abs(t) are
+at most NEAR take g and polynomials instead, as in ``normalization``.
 
 Swapping the arguments changes the signs of c, t and D, operation by operation, and nothing else.
 
