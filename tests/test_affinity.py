@@ -51,7 +51,7 @@ def test_ordinary_rows_are_read_once(modules: list[str], width: int, distance: f
 def test_rows_without_much_in_common_are_read_once(modules: list[str]) -> None:
     p, q = _pair(70000, 3, 3.0, 0.1)
     q[0] = q[0, ::-1]
-    q[1, :40000] = -np.inf
+    q[1, 1::3] = -np.inf
     p[2, ::2] = -np.inf
     _check(p, q)
     assert set(modules) == {"affinity"}
