@@ -62,14 +62,14 @@ def test_rows_without_much_in_common_are_read_once(modules: list[str]) -> None:
 def test_a_top_anywhere_and_elsewhere_than_the_mean(at: int, height: float) -> None:
     p, q = _pair(80000, 3, 1.0, 1e-3)
     p[:, at] += height
-    q[:, at] += height + np.float32([0.0, 0.5, -3.0])
+    q[:, at] += height + np.array([0.0, 0.5, -3.0], np.float32)
     _check(p, q)
 
 
 def test_a_mean_that_drifts_and_constants_between_rows() -> None:
     p, q = _pair(80000, 4, 1.0, 1e-2)
     q[0] += np.linspace(-0.5, 0.5, 80000, dtype=np.float32)
-    q[1] += np.repeat(np.float32([0.0, 3.0]), 40000)
+    q[1] += np.repeat(np.array([0.0, 3.0], np.float32), 40000)
     q[2] += np.float32(12.3)
     q[3] += np.float32(123.4)
     _check(p, q)
