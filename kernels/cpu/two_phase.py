@@ -10,8 +10,8 @@ The constants of log2 p, log2 q and log2(q/p) go into ``found``, where it is not
 Where the normalizers of the whole row are given (the rows are shards of it), only the second phase
 is run.
 
-Swapping the arguments of symmetric ones must not change a bit.  So every quantity is either symmetric or changes
-its sign only, operation by operation; the first phase is that of ``normalization``.
+Swapping the arguments of symmetric ones must not change a bit.  So every quantity is either
+symmetric or changes its sign only, operation by operation; the first phase is that of ``normalization``.
 
 Entries that are -inf in both rows have M = 0 and contribute nothing.
 """
