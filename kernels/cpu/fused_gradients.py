@@ -311,8 +311,8 @@ def jensen_shannon(t, change, p, q, mix):
         w v tau (q - p) - m k,
 
     of which the second part is half the first where tau is small.  k/t**2 is a polynomial in t,
-    the base 2 logarithm, to abs(t) = LOG_NEAR.  Beyond it, the logarithm of m over the larger of both
-    is taken.
+    the base 2 logarithm, to abs(t) = LOG_NEAR.  Beyond it, the logarithm of m over the larger of
+    both is taken.
 
     Rows that are far apart have brackets near -log w, and -log v: that is then taken off before
     anything is rounded.

@@ -2,8 +2,8 @@
 
 All (Jensen-Shannon, total variation, Hellinger, Jeffreys) are sums of M k(tau) with M = max(p, q),
 tau = abs(log(p/q)), where of a weight other than 1/2 k depends on the sign of the log-ratio too.
-So they need the normalizers first.  The first phase reads the row pair from memory and finds them; the
-second reads the pair again, from cache, and sums.
+So they need the normalizers first.  The first phase reads the row pair from memory and finds
+them; the second reads the pair again, from cache, and sums.
 
 The constants of log2 p, log2 q and log2(q/p) go into ``found``, where it is not 0, of uncut rows.
 
@@ -11,7 +11,8 @@ Where the normalizers of the whole row are given (the rows are shards of it), on
 is run.
 
 Swapping the arguments of symmetric ones must not change a bit.  So every quantity is either
-symmetric or changes its sign only, operation by operation; the first phase is that of ``normalization``.
+symmetric or changes its sign only, operation by operation; the first phase is that of
+``normalization``.
 
 Entries that are -inf in both rows have M = 0 and contribute nothing.
 """
