@@ -32,6 +32,8 @@ __all__ = [
 
 #: Orders and weights below this are 0: their products with anything are below every accuracy.
 TINY = 1e-300
+#: Down to this weight of either row float32 carries a Jensen-Shannon divergence.
+SKEWEST = 1e-6
 
 #: Numbers that describe a row on its own.  With m the largest entry and k its first index:
 #: m;  S = sum exp(x - m) and U = sum (m - x) exp(x - m) over all indices but k;  k;  and
@@ -151,7 +153,9 @@ def _js(weight: float) -> Plan:
     if weight < TINY or weight == 1.0:
         # 0, but still NaN for rows that are no distribution.
         return Plan(_pair("two_phase", "tv").steps, Finish.ZERO)
-    return _pair("exact", "js", weight)
+    if min(weight, 1.0 - weight) < SKEWEST:
+        return _pair("exact", "js", weight)
+    return _pair("two_phase", "skew_js", weight)
 
 
 _PLANS = {
@@ -231,4 +235,6 @@ def plans_of(metrics: Sequence[tuple[str, tuple[float, ...]]]) -> list[Plan]:
 
 def exact_operation(step: Step) -> str:
     """What the kernel ``exact`` calls the operation of a step."""
-    return {"top": "statistics", "kl_both": "kl"}.get(step.operation, step.operation)
+    return {"top": "statistics", "kl_both": "kl", "skew_js": "js"}.get(
+        step.operation, step.operation
+    )

@@ -26,6 +26,7 @@ METRICS: dict[str, Callable[[Any, Any], Any]] = {
     "tv": reference.total_variation,
     "hellinger2": reference.squared_hellinger,
     "js": reference.js_divergence,
+    "js:0.1": lambda p, q: reference.js_divergence(p, q, weight=0.1),
     "jeffreys": reference.jeffreys_divergence,
     "renyi:2": lambda p, q: reference.renyi_divergence(p, q, alpha=2.0),
     "renyi:0.7": lambda p, q: reference.renyi_divergence(p, q, alpha=0.7),
@@ -73,6 +74,17 @@ def test_every_measure_of_rows_of_both_kinds_of_blocks(pair: Any) -> None:
     for name, truth in METRICS.items():
         for found in (single[name], together[name]):
             np.testing.assert_allclose(found, truth(p, q), rtol=2e-6, atol=0, err_msg=name)
+
+
+@pytest.mark.parametrize("weight", [1e-3, 0.3, 0.9])
+def test_one_weight_of_jensen_shannon_is_taken_together(pair: Any, weight: float) -> None:
+    p, q = pair
+    name = f"js:{weight}"
+    for metrics in (["kl", name, "same_top"], ["tv", name, "js:0.01", "reverse_kl"]):
+        found = klfast.compare(p, q, metrics, dtype=np.float64)
+        truth = reference.js_divergence(p, q, weight=weight)
+        np.testing.assert_allclose(found[name], truth, rtol=2e-6, atol=0)
+    assert found["js:0.01"] == pytest.approx(reference.js_divergence(p, q, weight=0.01), rel=2e-6)
 
 
 def test_exchanged_rows_give_the_same_bits_together_too(pair: Any) -> None:

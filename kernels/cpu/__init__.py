@@ -5,7 +5,7 @@ A call is planned as one or more kernel runs (a *step*), which write one value a
 
 ======================  ====================================================================
 ``one_pass``            KL, Rényi and what follows from it, cross-entropy: float32, one read
-``two_phase``           JS with weight 1/2, total variation, Hellinger, Jeffreys: float32;
+``two_phase``           JS, total variation, Hellinger, Jeffreys: float32;
                         for ``compare`` several of them, both KL and the largest entries together
 ``affinity``            squared Hellinger, where it is wanted alone: float32, one read
 ``single_pass``         entropy, log-sum-exp, token log-probabilities, argmax: float32
@@ -120,6 +120,8 @@ def available() -> str | None:
 def warmup(names: Sequence[str], dtypes: Sequence[str]) -> None:
     """Compile, or load from the cache, the kernels of these operations."""
     metrics = [(name, EXAMPLE.get(name, ())) for name in names]
+    if "js" in names:  # other weights have a kernel of their own
+        metrics.append(("js", (0.25,)))
     floats = [dtype for dtype in dtypes if dtype != "float64"]
     # Alone, and together in ``compare``.
     if together := taken_together(step for plan in plans_of(metrics) for step in plan.steps):

@@ -10,9 +10,10 @@ import numpy as np
 
 from klfast._arrays import FLOATS, Rows
 
-from ..plans import Finish, Plan, Step, plan_of
+from ..plans import Finish, Plan, Step, exact_operation, plan_of
 from . import threads
 from .formulas import finish
+from .polynomials import log_mixture
 from .runs import (
     WORTH_A_THREAD,
     Numbers,
@@ -29,8 +30,6 @@ from .threads import get_num_threads
 __all__ = [
     "gradient",
 ]
-
-_LN_2 = math.log(2.0)
 
 
 class Tilt(NamedTuple):
@@ -105,7 +104,12 @@ def _gradient_plan(name: str, parameters: tuple[float, ...]) -> Plan:
         return Plan((Step("one_pass", "renyi", "pq", -0.5, 40.0),), Finish.POWER, (-0.5, 1.0, 0.5))
     if name == "entropy":  # cross-entropy with itself
         return plan_of("cross_entropy", ())
-    return plan_of(name, parameters)
+    plan = plan_of(name, parameters)
+    if name == "js":  # of any weight in the same kernels
+        return Plan(
+            tuple(s._replace(operation=exact_operation(s)) for s in plan.steps), plan.finish
+        )
+    return plan
 
 
 def _is_fused(step: Step, p: Rows, q: Rows, *targets: Rows | None) -> bool:
@@ -134,7 +138,9 @@ def _fused_gradient(
     scales = scale[:, None] * tilt.factors
     sides = [(p, into_p), (q, into_q)]
     # Symmetric ones take the same dtype first whatever the order.
-    symmetric = step.module == "two_phase" or step.parameter == -0.5
+    symmetric = step.parameter == (0.5 if step.operation == "js" else -0.5) or (
+        step.operation in ("tv", "jeffreys")
+    )
     if step.rows == "qp" or (symmetric and p.dtype > q.dtype):
         sides.reverse()
         scales = scales[:, ::-1] * (-1.0 if tilt.operation == "renyi" else 1.0)
@@ -152,7 +158,7 @@ def _fused_gradient(
     workers = min(get_num_threads(), n, max(1, 2 * n * width // WORTH_A_THREAD))
     # A row for each thread and side, of whole vectors.
     spare = np.empty((workers, len(letters), -(-width // 32) * 32), np.float32) if staged else None
-    polynomial = address(_mixture(step.parameter)) if step.operation == "js" else 0
+    polynomial = address(log_mixture(step.parameter)) if step.operation == "js" else 0
     space = np.zeros(n + 3, np.int64)
     counter = address(space)
     chunk = max(1, min(4, n // (4 * workers)))
@@ -168,23 +174,6 @@ def _fused_gradient(
     )  # fmt: skip
     threads.run(functools.partial(function, *arguments), workers)
     return np.sort(space[3 : 3 + space[2]])
-
-
-@functools.cache
-def _mixture(weight: float) -> Values:
-    """The polynomial of ``jensen_shannon`` in fused_gradients, from its values at Chebyshev nodes.
-
-    With the singularities of log(w + v exp(tau)) at imaginary parts of pi, 12 coefficients are good
-    for 2e-9.
-    """
-    other = 1.0 - weight
-
-    chebyshev = np.polynomial.chebyshev
-    nodes = chebyshev.chebpts1(12)
-    tau = _LN_2 * 2.0 * nodes
-    quotients = (np.log1p(other * np.expm1(tau)) - other * tau) / (2.0 * nodes) ** 2
-    coefficients = chebyshev.cheb2poly(chebyshev.chebfit(nodes, quotients, 11))
-    return np.asarray(coefficients * 0.5 ** np.arange(12), np.float64)
 
 
 def _exact_gradient(

@@ -47,7 +47,18 @@ from .mathematics import (
 )
 from .normalization import FAR, exact_subtraction
 from .one_pass import arithmetic, reader
-from .rowloop import BLOCK, UNDERFLOW, entry, f32, f64, halves, row_address, task_row
+from .polynomials import LOG_NEAR
+from .rowloop import (
+    BLOCK,
+    UNDERFLOW,
+    coefficients_at,
+    entry,
+    f32,
+    f64,
+    halves,
+    row_address,
+    task_row,
+)
 from .simd import (
     ITEMSIZE,
     LANES32,
@@ -81,10 +92,6 @@ from .simd import (
 
 #: Operations whose means are sums over the second pass.
 TWO_SUMS = ("js", "tv")
-
-#: Coefficients of Jensen-Shannon's polynomial, which depend on its weight, and where it holds.
-COEFFICIENTS = 12
-NEAR = 2.0
 
 #: Gradients that are multiples of more than this are left to float64.
 LARGEST = 1e30
@@ -304,8 +311,8 @@ def jensen_shannon(t, change, p, q, mix):
         w v tau (q - p) - m k,
 
     of which the second part is half the first where tau is small.  k/t**2 is a polynomial in t,
-    the base 2 logarithm, to abs(t) = NEAR.  Beyond it, the logarithm of m over the larger of both
-    is taken.
+    the base 2 logarithm, to abs(t) = LOG_NEAR.  Beyond it, the logarithm of m over the larger of
+    both is taken.
 
     Rows that are far apart have brackets near -log w, and -log v: that is then taken off before
     anything is rounded.
@@ -327,7 +334,7 @@ def jensen_shannon(t, change, p, q, mix):
     log_p, log_q = fma(tau, -v, -k), fma(tau, w, -k)
     term = fma(change * (w * v), tau, -fma(p, w, q * v) * k)
     b_p, b_q = log_p + shift_p, log_q + shift_q
-    apart = vabs(t) > NEAR
+    apart = vabs(t) > LOG_NEAR
     if hany(apart):
         above = t > 0.0
         rest, h = exp2_and_rest_32(vmin(vabs(t), FAR))  # the smaller over the larger
@@ -343,17 +350,6 @@ def jensen_shannon(t, change, p, q, mix):
             share = log_ratio_32(of_larger, mixed, of_smaller * rest)
             b_p, b_q = where(apart & ~above, share, b_p), where(apart & above, share, b_q)
     return term, b_p, b_q
-
-
-@inline
-def mixture(at):
-    """The coefficients of k/t**2 in memory, as float32 numbers."""
-    return (
-        f32(peek_f64(at)), f32(peek_f64(at + 8)), f32(peek_f64(at + 16)), f32(peek_f64(at + 24)),
-        f32(peek_f64(at + 32)), f32(peek_f64(at + 40)), f32(peek_f64(at + 48)),
-        f32(peek_f64(at + 56)), f32(peek_f64(at + 64)), f32(peek_f64(at + 72)),
-        f32(peek_f64(at + 80)), f32(peek_f64(at + 88)),
-    )  # fmt: skip
 
 
 @functools.cache
@@ -617,7 +613,7 @@ def build(operation, sides, dtype_p, dtype_q, dtype_into_p, dtype_into_q):
     ):  # fmt: skip
         a = f64(f32(inverse_temperature * LOG2_E))
         alpha = beta + 1.0
-        mix = (beta, mixture(polynomial)) if js else (0.5, ())
+        mix = (beta, coefficients_at(polynomial)) if js else (0.5, ())
         symmetric = not (renyi or js) or beta == (0.5 if js else -0.5)
         padded = (width + LANES32W - 1) // LANES32W * LANES32W
         spare_p = spare

@@ -17,6 +17,7 @@ from .simd import (
     hany,
     hmax,
     loader,
+    peek_f64,
     peek_i64,
     prefetch,
     splat32,
@@ -190,3 +191,14 @@ def comparison(dtype_p, dtype_q):
         return False
 
     return differ
+
+
+@inline
+def coefficients_at(at):
+    """Those of a polynomial (see ``polynomials``) in memory, as float32 numbers."""
+    return (
+        f32(peek_f64(at)), f32(peek_f64(at + 8)), f32(peek_f64(at + 16)), f32(peek_f64(at + 24)),
+        f32(peek_f64(at + 32)), f32(peek_f64(at + 40)), f32(peek_f64(at + 48)),
+        f32(peek_f64(at + 56)), f32(peek_f64(at + 64)), f32(peek_f64(at + 72)),
+        f32(peek_f64(at + 80)), f32(peek_f64(at + 88)),
+    )  # fmt: skip

@@ -21,6 +21,7 @@ from klfast._arrays import FLOATS, Rows, address_of
 from ..plans import COLUMNS, Step, exact_operation
 from . import threads
 from .native import kernel
+from .polynomials import skew_js
 from .threads import get_num_threads
 
 __all__ = [
@@ -59,7 +60,7 @@ _DTYPE_CODE = {"float16": 0, "bfloat16": 1, "float32": 2, "float64": 3}
 #: The parameters of each kernel, as native.kernel wants them.
 _SIGNATURE = {
     "one_pass": "q" * 19 + "d" * 3,
-    "two_phase": "q" * 20 + "d",
+    "two_phase": "q" * 21 + "dd",
     "affinity": "q" * 17 + "d",
     "single_pass": "q" * 18 + "d",
     "exact": "q" * 19 + "d" * 3,
@@ -220,7 +221,9 @@ def unfinished(
         else:
             constants = None if normalizers is None else _constants(normalizers, p.temperature)
             phases = (0,) if parts == 1 or constants is not None else (1, 2)
-            tail = (address(constants), address(known), inverse)
+            skew = "skew_js" in step.operation
+            polynomial = address(skew_js(step.parameter)) if skew else 0
+            tail = (address(constants), address(known), polynomial, inverse, step.parameter)
             runs = [(*lead, phase, *results, *tail) for phase in phases]
     for arguments in runs:
         space[0] = 0

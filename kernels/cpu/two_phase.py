@@ -1,16 +1,18 @@
-"""The symmetric divergences: Jensen-Shannon, total variation, Hellinger, Jeffreys.
+"""The symmetric divergences, and Jensen-Shannon of any weight.
 
-All are sums of M k(tau) with M = max(p, q), tau = abs(log(p/q)), so they need the
-normalizers first.  The first phase reads the row pair from memory and finds them; the
-second reads the pair again, from cache, and sums.
+All (Jensen-Shannon, total variation, Hellinger, Jeffreys) are sums of M k(tau) with M = max(p, q),
+tau = abs(log(p/q)), where of a weight other than 1/2 k depends on the sign of the log-ratio too.
+So they need the normalizers first.  The first phase reads the row pair from memory and finds
+them; the second reads the pair again, from cache, and sums.
 
 The constants of log2 p, log2 q and log2(q/p) go into ``found``, where it is not 0, of uncut rows.
 
 Where the normalizers of the whole row are given (the rows are shards of it), only the second phase
 is run.
 
-Swapping the arguments must not change a bit.  So every quantity is either symmetric or changes
-its sign only, operation by operation; the first phase is that of ``normalization``.
+Swapping the arguments of symmetric ones must not change a bit.  So every quantity is either
+symmetric or changes its sign only, operation by operation; the first phase is that of
+``normalization``.
 
 Entries that are -inf in both rows have M = 0 and contribute nothing.
 """
@@ -29,6 +31,7 @@ from .mathematics import (
     exp2_near_0,
     inline,
     log1p_32,
+    log_ratio_32,
     near_cosh_32,
     near_js_32,
     near_lag_32,
@@ -49,6 +52,7 @@ from .rowloop import (
     BLOCK,
     TILE,
     UNDERFLOW,
+    coefficients_at,
     comparison,
     f32,
     f64,
@@ -124,12 +128,74 @@ def k_hellinger2(tau):
     return r * r * 0.5
 
 
+@inline
+def k_near_skew_js(t, z, coefficients):
+    """A term of Jensen-Shannon of any weight over w v sqrt(p q) z, z = t**2 and abs(t) <= NEAR."""
+    c = coefficients
+    # Even and odd powers side by side: half as long to wait.
+    even = fma(z, c[10], c[8])
+    odd = fma(z, c[11], c[9])
+    even = fma(even, z, c[6])
+    odd = fma(odd, z, c[7])
+    even = fma(even, z, c[4])
+    odd = fma(odd, z, c[5])
+    even = fma(even, z, c[2])
+    odd = fma(odd, z, c[3])
+    even = fma(even, z, c[0])
+    odd = fma(odd, z, c[1])
+    return fma(odd, t, even)
+
+
+@inline
+def k_skew_js(t, tau, mix):
+    """A term of Jensen-Shannon of any weight over w v M, M the larger of p and q; tau = abs(t).
+
+    With a the weight of the larger one, b = 1 - a that of the smaller one, g = exp(-tau) and
+    n = a + b g, which is m over M, w p log(p/m) + v q log(q/m) is M times
+
+        a log(1/n) + b g log(g/n),
+
+    which has a value and a slope of 0 at g = 1, because a + b g = n: there it cancels, and up to
+    NEAR it is the polynomial of the near form.  Beyond it g is below 1/11, and one logarithm is
+    enough, for the other one is tau less that:
+
+        a > g:   n log(1/n) - b g tau,   log(1/n) from 1 - n = b (1 - g),
+        else     a tau - n log(n/g),     log(n/g) from n - g = a (1 - g).
+
+    What the logarithms' arguments are from 1, and n, are sums and products of positive numbers, so
+    that they keep their relative accuracy whatever the weight.  Neither difference cancels much:
+    for a next to 0 the second one is a (tau - 1 + g), for b next to 0 the first one
+    b (1 - g - g tau), and in between, at a = g = 1/11, a third of what it is taken from is left.
+    Evaluated in float32, with weights from 1e-6 to 1 - 1e-6 and tau from NEAR to FAR, it is off by
+    2.3e-7 at most.
+    """
+    w, v, inverse, coefficients = mix
+    z = t * t
+    k = exp2_32(tau * -0.5) * z * k_near_skew_js(t, z, coefficients)
+    apart = tau > NEAR
+    if hany(apart):
+        above = t > 0.0
+        a = where(above, splat32(v), splat32(w))
+        b = where(above, splat32(w), splat32(v))
+        g, h = exp2_and_rest_32(tau)
+        n = fma(b, g, a)
+        heavy = a > g
+        low, high = where(heavy, n, g), where(heavy, splat32(1.0), n)
+        log = -log_ratio_32(low, high, where(heavy, b, a) * h)
+        natural = tau * LN_2
+        far = where(heavy, fma(n, log, -(b * g * natural)), fma(a, natural, -(n * log)))
+        k = where(apart, far * inverse, k)
+    return k
+
+
 #: Rounding must not carry a result beyond what it can be.
 CEILING = {"js": LN_2, "tv": 1.0, "hellinger2": 1.0}
 INTEGRANDS = {"tv": k_tv, "hellinger2": k_hellinger2, "js": k_js}
 #: The sums that ``second`` gives.
 SUMS = ("tv", "hellinger2", "js", "kl", "reverse_kl", "jeffreys")
-TV = SUMS.index("tv")
+TV, JS = SUMS.index("tv"), SUMS.index("js")
+#: Jensen-Shannon of any weight, in the place of that of 1/2.
+SKEW_JS = "skew_js"
 #: Infinite where one row alone has -inf.
 UNBOUNDED = ("kl", "reverse_kl", "jeffreys")
 
@@ -153,18 +219,20 @@ def terms(names, difference, larger, exactly):
 
     The five sums are of total variation, Hellinger, Jensen-Shannon, KL and reverse KL, as far as
     ``names`` asks for them; any other of INTEGRANDS stands in the place of total variation and has
-    no near form.  ``step`` adds those of a vector of entries, whatever it is.
+    no near form, SKEW_JS in that of Jensen-Shannon, over w v.  ``step`` adds those of a vector of
+    entries, whatever it is.
     ``near_step`` adds those of near entries, from their geometric mean g and t; the last two of
     its sums are instead those of g t sinh(x) and of g t lag, t lag = x cosh(x) - sinh(x), from
     which ``near_sums`` makes those of both KL: p phi(t) = 2 g (x sinh(x) - t lag).
     """
     tv, hellinger, js = "tv" in names, "hellinger2" in names, "js" in names
+    skew_js = SKEW_JS in names
     kl = any(name in names for name in UNBOUNDED)
-    other = None if names[0] in SUMS else INTEGRANDS[names[0]]
+    other = None if names[0] in (*SUMS, SKEW_JS) else INTEGRANDS[names[0]]
 
     @inline
     def step(p, q, a, constants, sums, high):
-        kx0, ky0, c0, kx1, ky1, c1 = constants
+        kx0, ky0, c0, kx1, ky1, c1, mix = constants
         V, H, J, A, B = sums
         m = larger(p, kx0, kx1, q, ky0, ky1, a)
         if exactly:
@@ -182,6 +250,8 @@ def terms(names, difference, larger, exactly):
             H = H + m * k_hellinger2(tau)
         if js:
             J = J + m * k_js(tau)
+        if skew_js:
+            J = J + m * k_skew_js(copysign(tau, t), tau, mix)
         if kl:
             there, back = both_kl(m, tau)
             larger_q = t > 0.0
@@ -190,7 +260,7 @@ def terms(names, difference, larger, exactly):
         return (V, H, J, A, B), high
 
     @inline
-    def near_step(g, t, z, sums):
+    def near_step(g, t, z, sums, mix):
         V, H, J, E, U = sums
         if tv or kl:
             gt = g * t
@@ -204,6 +274,8 @@ def terms(names, difference, larger, exactly):
             H = fma(g * z, near_cosh_32(z), H)
         if js:
             J = fma(g * z, near_js_32(z), J)
+        if skew_js:
+            J = fma(g * z, k_near_skew_js(t, z, mix[3]), J)
         return V, H, J, E, U
 
     @inline
@@ -239,13 +311,15 @@ def build(operation, dtype_p, dtype_q, exactly):
     """
     names = operation.split(",")
     top = names[-1] == "top"
-    which = tuple(SUMS.index(name) if name in SUMS else TV for name in names[: len(names) - top])
+    skewed = SKEW_JS in names
+    places = {name: place for place, name in enumerate(SUMS)} | {SKEW_JS: JS}
+    which = tuple(places.get(name, TV) for name in names[: len(names) - top])
     measures = len(which)
     columns = measures + 4 * top
     ceilings = tuple(CEILING.get(name, math.inf) for name in names)
     unbounded = any(name in names for name in UNBOUNDED)
     first_order = operation == "tv"
-    near = not exactly and names[0] in SUMS
+    near = not exactly and names[0] in places
     load_p, load_q = loader(dtype_p, f32v), loader(dtype_q, f32v)
     tail_p, tail_q = tail_loader(dtype_p, f32v), tail_loader(dtype_q, f32v)
     difference, larger = subtraction(exactly), larger_power(exactly)
@@ -260,7 +334,7 @@ def build(operation, dtype_p, dtype_q, exactly):
     @inline
     def changed(p, q, a, constants, sums, high):
         """q - p."""
-        kx0, ky0, c0, kx1, ky1, c1 = constants
+        kx0, ky0, c0, kx1, ky1, c1, _ = constants
         V, H, J, A, B = sums
         m = larger(p, kx0, kx1, q, ky0, ky1, a)
         d, lost = difference(p, q)
@@ -271,7 +345,7 @@ def build(operation, dtype_p, dtype_q, exactly):
     @inline
     def near_block(x, y, start, stop, a, constants):
         """Sums over a block of whole vectors, and whether it was near."""
-        kx0, ky0, c0, _, _, c1 = constants
+        kx0, ky0, c0, _, _, c1, mix = constants
         half = f32(0.5) * a
         kx = f32(0.5) * kx0
         ky = f32(0.5) * ky0
@@ -285,12 +359,12 @@ def build(operation, dtype_p, dtype_q, exactly):
             t = fma(q - p, a, c0) + c1
             z = t * t
             high = vmax(z, high)
-            sums = near_step(geometric_mean(p, q, half, kx, ky), t, z, sums)
+            sums = near_step(geometric_mean(p, q, half, kx, ky), t, z, sums, mix)
         V, H, J, E, U = sums
         return sums, all_near(high, (V + H) + (J + (E + U)))
 
     @inline
-    def second(step, x, y, start, stop, a, constants):
+    def second(step, x, y, start, stop, a, constants, mix):
         """Sums of the terms over [start, stop); of those that can be infinite NaN if they are."""
         # Normalized exponents u - log2(Sx), v - log2(Sy) and their difference, each with
         # the part of its constant that float32 cannot hold.
@@ -300,7 +374,7 @@ def build(operation, dtype_p, dtype_q, exactly):
         c0 = f32(c)
         kx1 = kx - f64(kx0)
         ky1 = ky - f64(ky0)
-        parts = (kx0, ky0, c0, f32(kx1), f32(ky1), f32(c - f64(c0)))
+        parts = (kx0, ky0, c0, f32(kx1), f32(ky1), f32(c - f64(c0)), mix)
         factor = exp2_near_0(0.5 * (kx1 + ky1))
         a32 = f32(a)
         # Backwards, block by block: what the first phase read last is still near.
@@ -344,12 +418,13 @@ def build(operation, dtype_p, dtype_q, exactly):
         return hsum(V), hsum(H), hsum(J), a_sum, b_sum, a_sum + b_sum
 
     @inline
-    def finish(number, total, ceiling, S, D, H, c, corrected):
+    def finish(number, total, ceiling, level, S, D, H, c, corrected):
         """A divergence, or NaN where rounding errors of the first phase would show.
 
         An error in the normalizers' ratio enters total variation as it is, the others as
         its square.  The rounding of y - x, where the rows differ by a constant c, makes errors
-        of c 2**-24 that average out over the S or more symbols that carry the mass.
+        of c 2**-24 that average out over the S or more symbols that carry the mass.  Where rows are
+        close, a Jensen-Shannon divergence is ``level`` times that of weight 1/2.
         """
         # Sx and Sy come from S and D, which leaves nothing of the smaller of unequal ones, nor
         # of either where D is what is left of a much larger H.
@@ -363,15 +438,25 @@ def build(operation, dtype_p, dtype_q, exactly):
             carried = min(12.0, 2.5 * math.sqrt(S))
             if share > carried * total or rounded(c) * c * c > 100.0 * total * total * S:
                 return math.nan
-        elif share * share > 1e6 * total or rounded(c) * c * c > 100.0 * total * S:
-            return math.nan
+        else:
+            even = total / level
+            if share * share > 1e6 * even or rounded(c) * c * c > 100.0 * even * S:
+                return math.nan
         return min(total, ceiling)
 
     def kernel(
         p, p_stride, p_offsets, q, q_stride, q_offsets, width, rows, n_rows,
         counter, chunk, parts, part_width, phase, states, done, redo, out, known,
-        found, inverse_temperature,
+        found, polynomial, inverse_temperature, weight,
     ):  # fmt: skip
+        other_weight = 1.0 - weight
+        product = weight * other_weight
+        mix = (
+            f32(weight), f32(other_weight), f32(1.0 / product), coefficients_at(polynomial),
+        ) if skewed else ()  # fmt: skip
+        entropy = math.inf
+        if skewed:
+            entropy = -(weight * math.log(weight) + other_weight * math.log1p(-weight))
         a = f64(f32(inverse_temperature * LOG2_E))
         n_tasks = n_rows * parts
         while True:
@@ -395,7 +480,9 @@ def build(operation, dtype_p, dtype_q, exactly):
                     )
                     value = math.nan
                     if constants[2] == constants[2]:
-                        value = second(measured, x, y, start, stop, a, constants)[which[0]]
+                        value = second(measured, x, y, start, stop, a, constants, mix)[which[0]]
+                        if skewed:
+                            value *= product
                     if parts > 1:
                         poke_f64(at + 40, value)
                         if fetch_add(done + 8 * number, 1) + 1 < parts:
@@ -436,9 +523,9 @@ def build(operation, dtype_p, dtype_q, exactly):
                     if corrected:
                         # What c is off shows in the sum of q - p, which is 0.
                         kx, ky, c = constants
-                        c -= LOG2_E * second(changed, x, y, start, stop, a, constants)[0]
+                        c -= LOG2_E * second(changed, x, y, start, stop, a, constants, mix)[0]
                         constants = (kx, ky, c)
-                    sums = second(measured, x, y, start, stop, a, constants)
+                    sums = second(measured, x, y, start, stop, a, constants, mix)
                     # Where most of D is the distance of the references from each other, c is not
                     # as exact as the rows are close: who asks for it gets none.
                     if found != 0 and (corrected or abs(state[3]) <= 0.5 * state[4]):
@@ -453,9 +540,16 @@ def build(operation, dtype_p, dtype_q, exactly):
                             total += peek_f64(row_at + i * (8 * STATE) + 40)
                     smallest = math.inf
                     for i in range(measures):
+                        value = total if parts > 1 else sums[which[i]]
+                        ceiling = ceilings[i]
+                        level = 1.0
+                        if skewed and which[i] == JS:
+                            value *= product
+                            ceiling = entropy
+                            level = 4.0 * product
                         value = finish(
-                            which[i], total if parts > 1 else sums[which[i]], ceilings[i],
-                            S, state[3], state[4], state[1] - state[0], corrected,
+                            which[i], value, ceiling, level, S, state[3], state[4],
+                            state[1] - state[0], corrected,
                         )  # fmt: skip
                         poke_f64(at_out + 8 * i, value)
                         if not value < math.inf:

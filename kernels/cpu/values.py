@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -107,7 +108,8 @@ def run_steps(
     others = [step for step in spaces if step not in together]
 
     names = joint_names(together)
-    run = Step("two_phase", ",".join(names), "pq")
+    weights = [step.parameter for step, name in together.items() if name == "skew_js"]
+    run = Step("two_phase", ",".join(names), "pq", *weights)
     table = np.empty((p.count, len(names) + 3 * ("top" in names)))
 
     def joint(block: Numbers, alone: bool) -> None:
@@ -144,10 +146,14 @@ def run_steps(
 
 #: What one run of ``two_phase`` can give together, in the order of its columns; ``top`` is last
 #: and has four.
-_COLUMNS = ("tv", "hellinger2", "js", "kl", "reverse_kl", "jeffreys", "top")
+_COLUMNS = ("tv", "hellinger2", "js", "skew_js", "kl", "reverse_kl", "jeffreys", "top")
 #: The steps that have such values, and the first of them.
 _TOGETHER = {
-    **{plan_of(name, EXAMPLE.get(name, ())).steps[0]: name for name in _COLUMNS[:-1]},
+    **{
+        plan_of(name, EXAMPLE.get(name, ())).steps[0]: name
+        for name in _COLUMNS
+        if name not in ("skew_js", "top")
+    },
     plans_of([("kl", ()), ("reverse_kl", ())])[0].steps[0]: "kl",
     **dict.fromkeys(plan_of("same_top", ()).steps, "top"),
 }
@@ -155,7 +161,11 @@ _TOGETHER = {
 
 def taken_together(steps: Iterable[Step]) -> dict[Step, str]:
     """The steps that are better done in one run of ``two_phase``, and where their values are."""
+    steps = list(steps)
     found = {step: _TOGETHER[step] for step in steps if step in _TOGETHER}
+    if "js" not in found.values():  # one weight of Jensen-Shannon, in its place
+        skew = (step for step in steps if step.operation == "skew_js")
+        found.update((step, "skew_js") for step in itertools.islice(skew, 1))
     tops = [step for step, name in found.items() if name == "top"]
     if len(tops) == 1:
         del found[tops[0]]

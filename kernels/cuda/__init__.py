@@ -40,7 +40,7 @@ from klfast._arrays import FLOATS, Rows
 from klfast._dispatch import Result
 from klfast._operations import DIFFERENTIABLE
 
-from ..plans import EXAMPLE, LOG_SOFTMAX, plan_of
+from ..plans import EXAMPLE, LOG_SOFTMAX, exact_operation, plan_of
 from . import launches, loader, streaming
 from .launches import differentiate, evaluate
 from .launches import log_softmax as normalize
@@ -144,9 +144,9 @@ def explain(name: str, p: Rows, q: Rows | None) -> dict[str, object]:
     steps = (LOG_SOFTMAX,) if name == "log_softmax" else plan_of(*metric).steps
     described = []
     for launch in launches.schedule(steps, p, q):
-        names = [step.operation for step in launch.steps]
         cut = launches.cut(device, p.count, p.width)
         exact = launch.module in ("exact", "top_k")
+        names = [exact_operation(step) if exact else step.operation for step in launch.steps]
         each: dict[str, object] = {
             "kernel": ".".join([launch.module, *names]),
             "arithmetic": "float64" if launch.module == "exact" else "float32, sums in float64",
