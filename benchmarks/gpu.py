@@ -347,11 +347,11 @@ LIGER = {
     "js": _liger("LigerJSD", beta=0.5),
 }
 LIGER |= {f"{name}{GRADIENT}": _with_gradient(make) for name, make in LIGER.items()}
+# Its fused_ce_loss is that of the largest target alone, and no cross-entropy of two distributions.
 SPECULATORS = {
     "kl": _speculators("fused_kl_div_loss"),
     "js": _speculators("fused_js_div_loss"),
     "tv": _speculators("fused_tv_loss"),
-    "cross_entropy": _speculators("fused_ce_loss"),
 }
 SPECULATORS |= {f"{name}{GRADIENT}": _with_gradient(make) for name, make in SPECULATORS.items()}
 QUACK = {"logsumexp": _quack}

@@ -52,6 +52,8 @@ DEVICES = {
 }
 #: As CuPy has it, and a report.
 OPTIONS = ("-std=c++17", "-ftz=true", "--ptxas-options=-v")
+#: What CuPy adds where NVRTC is of CUDA 12 or later; nvcc has no such option.
+OF_NVRTC = "--device-as-default-execution-space"
 NVRTC = ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12")
 
 #: Definitions that say what a kernel computes; of the others there are variants.
@@ -213,7 +215,7 @@ def _nvrtc() -> Any:
 def compile_for(architecture: str, source: str) -> Compiled:
     """Compile a kernel, or read what came of it the last time."""
     version = compiler()
-    key = "\0".join([source, architecture, *OPTIONS, str(version)])
+    key = "\0".join([source, architecture, *OPTIONS, OF_NVRTC, str(version)])
     path = cache_directory() / f"nvidia-{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
     if path.exists():
         return Compiled(**json.loads(path.read_text()))
@@ -239,7 +241,7 @@ def _with_nvrtc(architecture: str, source: str) -> tuple[bool, str]:
         ctypes.byref(program), source.encode(), b"klfast.cu", 0, None, None
     )
     assert not failed
-    options = [option.encode() for option in (*OPTIONS, f"-arch={architecture}")]
+    options = [option.encode() for option in (*OPTIONS, OF_NVRTC, f"-arch={architecture}")]
     failed = nvrtc.nvrtcCompileProgram(
         program, len(options), (ctypes.c_char_p * len(options))(*options)
     )

@@ -366,10 +366,17 @@ inline void check_load(const T* at, size_t alignment)
 
 inline float flush(float value) { return fabsf(value) < 0x1p-126f ? copysignf(0.0f, value) : value; }
 
-// A float32 number that is as far from `value` as an approximation of the device may be: up to one
-// unit in the last place on either side, or exact where the device is.
+// A float32 number that is as far from `value` as an approximation of the device may be. Errors are
+// scattered: up to one unit in the last place on either side, or exact where the device is. Those of
+// the device are a function of the digits, so that they may all have one sign in the sums of a row:
+// TWIN_BIAS(m), where it is defined, is the relative error of a number whose digits are m, 1 <= m < 2.
 inline float approximately(double value)
 {
+#ifdef TWIN_BIAS
+    int exponent;
+    const double m = 2.0 * frexp(value, &exponent);
+    return flush(static_cast<float>(value == 1.0 ? value : value * (1.0 + (TWIN_BIAS(m)))));
+#else
     const float nearest = flush(static_cast<float>(value));
     if (!(fabsf(nearest) > 0x1p-126f) || isinf(nearest))
         return nearest;
@@ -380,6 +387,7 @@ inline float approximately(double value)
     float result;
     memcpy(&result, &bits, sizeof result);
     return result;
+#endif
 }
 
 }  // namespace twin

@@ -1,0 +1,35 @@
+"""Results do not depend on the sign of the errors that the device's exponentials may have."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import test_one_pass
+import test_two_phase
+from distributions import cases
+from twin import compiler
+
+pytestmark = [
+    pytest.mark.skipif(compiler() is None, reason="no C++ compiler"),
+    pytest.mark.slow,  # a kernel is compiled for each of them
+]
+
+#: The largest relative error of ex2.approx that is documented, 2**-22.5, with one sign throughout,
+#: and with one that depends on the digits of the result; see TWIN_BIAS.
+BIASES = ("1.69e-7", "m < 1.5 ? -1.69e-7 : 1.69e-7")
+
+
+@pytest.mark.parametrize("bias", BIASES)
+@pytest.mark.parametrize("operation", [test_one_pass.OPERATIONS[i] for i in (1, 4)], ids=str)
+def test_one_pass_with_biased_exponentials(operation: Any, bias: str) -> None:
+    for width, dtype in ((257, "float32"), (2049, "float32"), (1031, "bfloat16")):
+        test_one_pass.check(operation, cases(width, dtype), defines={"TWIN_BIAS(m)": bias})
+
+
+@pytest.mark.parametrize("bias", BIASES)
+def test_two_phase_with_biased_exponentials(bias: str) -> None:
+    for width, dtype in ((257, "float32"), (2049, "float32"), (1031, "bfloat16")):
+        test_two_phase.check(
+            test_two_phase.DIVERGENCES[:8], cases(width, dtype), defines={"TWIN_BIAS(m)": bias}
+        )
