@@ -19,8 +19,9 @@ import mmap
 import operator
 from typing import Any
 
-from llvmlite import binding, ir
-from numba.core import cgutils, types
+from llvmlite import ir
+from numba.core import cgutils, config, types
+from numba.core.codegen import get_host_cpu_features
 from numba.core.datamodel import models
 from numba.core.extending import intrinsic, register_model
 from numba.core.imputils import lower_builtin
@@ -33,11 +34,24 @@ LANES32 = 16
 LANES64 = 8
 
 
-_FEATURES = binding.get_host_cpu_features()
-HAS_AVX512 = bool(_FEATURES.get("avx512f"))
+def _features() -> frozenset[str]:
+    """LLVM's names of what the processor that Numba compiles for has.
+
+    This machine's, but for what NUMBA_CPU_FEATURES or NUMBA_ENABLE_AVX say.
+    """
+    flags = config.CPU_FEATURES
+    if flags is None:
+        flags = get_host_cpu_features()
+    return frozenset(flag[1:] for flag in flags.split(",") if flag.startswith("+"))
+
+
+_FEATURES = _features()
+HAS_AVX512 = "avx512f" in _FEATURES
 #: AVX-512 has instructions for both ends of an exponential: 2**x for any x (0 where it
 #: underflows, NaN at NaN), and the distance from the next whole number below.
-HAS_SCALEF = HAS_AVX512 and bool(_FEATURES.get("avx512dq"))
+HAS_SCALEF = HAS_AVX512 and "avx512dq" in _FEATURES
+#: Width of the registers that vectors are split into.
+VECTOR_BITS = 512 if HAS_AVX512 else 256 if "avx2" in _FEATURES else 128
 
 
 class Vector(types.Type):  # type: ignore[misc]
