@@ -50,9 +50,10 @@ HAS_AVX512 = "avx512f" in _FEATURES
 #: AVX-512 has instructions for both ends of an exponential: 2**x for any x (0 where it
 #: underflows, NaN at NaN), and the distance from the next whole number below.
 HAS_SCALEF = HAS_AVX512 and "avx512dq" in _FEATURES
-#: Whether an instruction converts float16. On x86-64 without one, LLVM calls functions that a process
-#: need not have.
-HAS_F16 = HAS_AVX512 or "f16c" in _FEATURES or not binding.get_process_triple().startswith("x86_64")
+#: Whether an instruction converts float16.  On x86-64 without one, LLVM calls functions that a
+#: process need not have.
+_IS_X86 = binding.get_process_triple().startswith("x86_64")
+HAS_F16 = HAS_AVX512 or "f16c" in _FEATURES or not _IS_X86
 #: Width of the registers that vectors are split into.
 VECTOR_BITS = 512 if HAS_AVX512 else 256 if "avx2" in _FEATURES else 128
 
