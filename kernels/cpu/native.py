@@ -86,18 +86,17 @@ def cache_directory() -> Path | None:
 
 
 def processor() -> str:
-    """LLVM's name of this machine's processor."""
+    """LLVM's name of the processor that kernels are compiled for."""
     from llvmlite import binding
 
-    return str(binding.get_host_cpu_name())
+    return os.environ.get("NUMBA_CPU_NAME") or str(binding.get_host_cpu_name())
 
 
 def vector_bits() -> int:
-    """Width of the vector registers that LLVM uses here."""
-    from llvmlite import binding
+    """Width of the vector registers that kernels are compiled for."""
+    from .simd import VECTOR_BITS
 
-    features = binding.get_host_cpu_features()
-    return 512 if features.get("avx512f") else 256 if features.get("avx2") else 128
+    return VECTOR_BITS
 
 
 def _sources() -> bytes:

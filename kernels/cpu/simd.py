@@ -20,7 +20,8 @@ import operator
 from typing import Any
 
 from llvmlite import binding, ir
-from numba.core import cgutils, types
+from numba.core import cgutils, config, types
+from numba.core.codegen import get_host_cpu_features
 from numba.core.datamodel import models
 from numba.core.extending import intrinsic, register_model
 from numba.core.imputils import lower_builtin
@@ -33,11 +34,28 @@ LANES32 = 16
 LANES64 = 8
 
 
-_FEATURES = binding.get_host_cpu_features()
-HAS_AVX512 = bool(_FEATURES.get("avx512f"))
+def _features() -> frozenset[str]:
+    """LLVM's names of what the processor that Numba compiles for has.
+
+    This machine's, but for what NUMBA_CPU_FEATURES or NUMBA_ENABLE_AVX say.
+    """
+    flags = config.CPU_FEATURES
+    if flags is None:
+        flags = get_host_cpu_features()
+    return frozenset(flag[1:] for flag in flags.split(",") if flag.startswith("+"))
+
+
+_FEATURES = _features()
+HAS_AVX512 = "avx512f" in _FEATURES
 #: AVX-512 has instructions for both ends of an exponential: 2**x for any x (0 where it
 #: underflows, NaN at NaN), and the distance from the next whole number below.
-HAS_SCALEF = HAS_AVX512 and bool(_FEATURES.get("avx512dq"))
+HAS_SCALEF = HAS_AVX512 and "avx512dq" in _FEATURES
+#: Whether an instruction converts float16.  On x86-64 without one, LLVM calls functions that a
+#: process need not have.
+_IS_X86 = binding.get_process_triple().startswith("x86_64")
+HAS_F16 = HAS_AVX512 or "f16c" in _FEATURES or not _IS_X86
+#: Width of the registers that vectors are split into.
+VECTOR_BITS = 512 if HAS_AVX512 else 256 if "avx2" in _FEATURES else 128
 
 
 class Vector(types.Type):  # type: ignore[misc]
@@ -593,11 +611,38 @@ def _widen(builder, loaded, dtype, ty):
         i32 = ir.VectorType(ir.IntType(32), ty.lanes)
         bits = builder.shl(builder.zext(loaded, i32), ir.Constant(i32, [16] * ty.lanes))
         loaded = builder.bitcast(bits, ir.VectorType(ir.FloatType(), ty.lanes))
+    if dtype == "float16" and not HAS_F16:
+        loaded = _from_half(builder, loaded)
     if loaded.type == ty.llvm:
         return loaded
     if dtype == "uint16":
         return builder.uitofp(loaded, ty.llvm)
     return builder.fpext(loaded, ty.llvm)
+
+
+def _from_half(builder, half):
+    """A float16 vector as float32, by its bits.
+
+    Exponent and mantissa, moved to where float32 has them, are 2**-112 times the number, also where
+    that is subnormal; infinities and NaN get the largest exponent instead.
+    """
+    lanes = half.type.count
+    i32 = ir.VectorType(ir.IntType(32), lanes)
+    f32 = ir.VectorType(ir.FloatType(), lanes)
+
+    def number(n):
+        return ir.Constant(i32, [n] * lanes)
+
+    bits = builder.bitcast(half, ir.VectorType(ir.IntType(16), lanes))
+    bits = builder.zext(bits, i32)
+    size = builder.shl(builder.and_(bits, number(0x7FFF)), number(13))
+    scaled = builder.fmul(builder.bitcast(size, f32), ir.Constant(f32, [2.0**112] * lanes))
+    special = builder.icmp_unsigned(">=", size, number(0x7C00 << 13))
+    size = builder.select(
+        special, builder.or_(size, number(0x7F800000)), builder.bitcast(scaled, i32)
+    )
+    sign = builder.shl(builder.and_(bits, number(0x8000)), number(16))
+    return builder.bitcast(builder.or_(size, sign), f32)
 
 
 @functools.cache
@@ -774,8 +819,28 @@ def _narrow(builder, value, dtype):
         i32 = ir.IntType(32)
         return i32(n) if lanes is None else ir.Constant(like(i32), [n] * lanes)
 
-    if dtype == "float16":
+    if dtype == "float16" and HAS_F16:
         return builder.fptrunc(value, like(ir.HalfType()))
+    if dtype == "float16":
+        bits = builder.bitcast(value, like(ir.IntType(32)))
+        sign = builder.and_(builder.lshr(bits, number(16)), number(0x8000))
+        size = builder.and_(bits, number(0x7FFFFFFF))
+        # From 2**-14 on: half an ulp is added, less one where the last bit that stays is even.
+        odd = builder.and_(builder.lshr(size, number(13)), number(1))
+        normal = builder.add(builder.add(size, odd), number(0xFFF - (112 << 23)))
+        normal = builder.lshr(normal, number(13))
+        # Below: the last bit of a number from 1/2 to 1 is worth 2**-24, as that of a subnormal.
+        half = builder.bitcast(number(0x3F000000), value.type)
+        small = builder.fadd(builder.bitcast(size, value.type), half)
+        small = builder.sub(builder.bitcast(small, size.type), number(0x3F000000))
+        rounded = builder.select(builder.icmp_unsigned("<", size, number(113 << 23)), small, normal)
+        # From 65520 on: infinity.
+        large = builder.icmp_unsigned(">=", size, number(0x477FF000))
+        rounded = builder.select(large, number(0x7C00), rounded)
+        is_nan = builder.icmp_unsigned(">", size, number(0x7F800000))
+        rounded = builder.select(is_nan, number(0x7E00), rounded)
+        bits = builder.trunc(builder.or_(rounded, sign), like(ir.IntType(16)))
+        return builder.bitcast(bits, like(ir.HalfType()))
     if dtype == "bfloat16":
         bits = builder.bitcast(value, like(ir.IntType(32)))
         odd = builder.and_(builder.lshr(bits, number(16)), number(1))
