@@ -23,8 +23,8 @@ __all__ = ["add_pairs", "count_sums", "fill_table", "gaussian_kl", "moments"]
 
 #: Values that the kernel ``counts`` gives for a row.
 COUNT_COLUMNS = 8
-#: Float32 entries of Gaussians that take as long as one of logits: waking a thread for the values of 2**18
-#: of them takes half as long again as doing without; at 2**20 it is about even.
+#: Float32 entries of Gaussians that take as long as one of logits: waking a thread for the values
+#: of 2**18 of them takes half as long again as doing without; at 2**20 it is about even.
 GAUSSIAN_ENTRIES = 4
 #: Samples of which the kernel ``moments`` takes mean and variance at a time.
 SAMPLES = 1 << 15
