@@ -23,9 +23,11 @@ OWN = "klfast"
 Run = Callable[[], Any]
 
 _CHECKED_ROWS = 4  # compared with the float64 reference, which is slow
-# A turn that is over sooner is repeated, since one call is not long enough for the clock: what
-# fits in the caches is then measured from there, for every contender.
-_SHORT_TURN = 2e-3
+# A turn that is over sooner is repeated, and timed only after as many calls again: the first ones
+# find in the caches what the contender before has left there, and who comes after one that writes
+# much would pay for it (half of the time of a call of 5 ms). What fits in the caches is then
+# measured from there, for every contender.
+_SHORT_TURN = 20e-3
 # Before a turn: threads of the contender before stop waiting for more work and give up the cores.
 _PAUSE = 2e-3
 # Between the two inputs: without it, entries of one index would meet in one cache set.
@@ -231,6 +233,8 @@ def take_turns(
             shortest[name] = min(seconds, shortest[name])
             if shortest[name] < _SHORT_TURN:
                 calls = math.ceil(_SHORT_TURN / shortest[name])
+                for _ in range(calls):
+                    run()
                 began = time.perf_counter()
                 for _ in range(calls):
                     run()
