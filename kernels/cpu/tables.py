@@ -27,7 +27,6 @@ from .simd import (
     lane_is,
     loader,
     poke_f64,
-    prefetch,
     scratch,
     splat32,
     store,
@@ -40,9 +39,6 @@ square = scratch(4 * LANES32 * LANES32)
 turned = scratch(4 * LANES32 * LANES32)
 _load = loader("float32", f32v)
 
-#: How far ahead to ask for entries: 16 rows are more streams than the processor follows by itself.
-AHEAD = 256
-
 
 def build(dtype, kind):
     load, load_tail = loader(dtype, f32v), tail_loader(dtype, f32v)
@@ -53,7 +49,6 @@ def build(dtype, kind):
         """Write the next n entries of 16 rows to ``columns``, those of an index in a vector."""
         for i in range(LANES32):
             at = x + min(i, rows - 1) * x_stride
-            prefetch(at + AHEAD * size)
             if n == LANES32:
                 store(area + 4 * LANES32 * i, load(at))
             else:
