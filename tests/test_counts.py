@@ -188,3 +188,30 @@ def test_counts_of_very_different_sizes_keep_their_digits() -> None:
     a, b = 10**12 / (10**12 + 1), 1 / (10**12 + 1)
     expected = a * math.log(1e12) - b * math.log(1e12)
     assert kl_from_counts(p, q) == pytest.approx(expected, rel=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+@pytest.mark.parametrize("method", METHODS)
+def test_small_counts_of_long_rows_are_looked_up_as_they_are_computed(
+    dtype: Any, method: Any
+) -> None:
+    p, q = tables(3, 10_007)
+    p[0, 5::9], q[1, 3::700] = 0, 0
+    p[1, ::50], q[0, 7::40], p[2, 11], q[2, 12] = 47, 48, 10**9, 10**6
+    for unseen in ("infinite", "drop"):
+        # Numbers that are not integers are not looked up.
+        expected = kl_from_counts(p.astype(np.float64), q.astype(np.float64), method, unseen=unseen)
+        found = kl_from_counts(p.astype(dtype), q.astype(dtype), method, unseen=unseen)
+        np.testing.assert_allclose(found, expected, rtol=1e-14)
+    if method == "plugin":
+        np.testing.assert_allclose(
+            kl_from_counts(p, q + 1), reference.kl_divergence(p, q + 1, input="probs"), rtol=1e-13
+        )
+    assert kl_from_counts(p.astype(dtype), p.astype(dtype))[0] == 0
+
+
+def test_a_negative_count_of_a_long_row_is_refused() -> None:
+    p, q = tables(1, 10_007)
+    p[0, 40] = -(10**9)
+    with pytest.raises(ValueError, match="a negative number"):
+        kl_from_counts(p, q)

@@ -7,10 +7,12 @@ terms
     p (x - log1p(x)) >= 0
 
 of KL(P, Q) do not cancel; a symbol that only Q has adds q.  The first read finds the totals, the
-second the terms.
+second the terms.  A term depends on its two counts alone, and most counts are small: of long rows
+of integers the terms of all pairs of counts below SMALL are tabulated first, and vectors of such
+counts look theirs up.
 
 Written for each row are KL; the totals of both; how many symbols P has, Q has, only P has; the sum
-of p (1-q)/q over the symbols of Q; and the smallest count of either.
+of p (1-q)/q over the symbols of Q, or 0 where not asked for; and the smallest count of either.
 """
 
 from __future__ import annotations
@@ -29,19 +31,66 @@ from .simd import (
     f64v,
     fetch_add,
     fma,
+    hany,
     hmax,
     hsum,
     lanes_below,
     poke_f64,
     prefetch,
+    scratch,
     splat64,
+    storer,
     tail_loader,
     vabs,
+    vmax,
     vmin,
     where,
 )
 
 INTEGERS = {"int32": 4, "int64": 8}
+
+#: Counts below this are looked up: a table of SMALL**2 terms stays in the first-level cache.
+SMALL = 48
+#: Rows from this width on are worth a table, which takes as long as SMALL**2 of their entries.
+WIDE = 4 * SMALL * SMALL
+
+values_table = scratch(8 * SMALL * SMALL)
+spread_table = scratch(8 * SMALL * SMALL)
+store, _ = storer("float64")
+
+
+@intrinsic
+def lane_numbers(typingctx):
+    """0, 1, 2, ... as a float64 vector."""
+
+    def codegen(context, builder, sig, args):
+        return ir.Constant(f64v.llvm, [float(i) for i in range(LANES64)])
+
+    return f64v(), codegen
+
+
+@intrinsic
+def look_up(typingctx, table, row, column):
+    """The entries of a table of SMALL columns for vectors of whole numbers as float64."""
+
+    def codegen(context, builder, sig, args):
+        i32, i64 = ir.IntType(32), ir.VectorType(ir.IntType(64), LANES64)
+        i1 = ir.VectorType(ir.IntType(1), LANES64)
+        rows, columns = (builder.fptosi(each, i64) for each in args[1:])
+        index = builder.add(builder.mul(rows, ir.Constant(i64, [SMALL] * LANES64)), columns)
+        first = builder.insert_element(ir.Constant(i64, ir.Undefined), args[0], i32(0))
+        zeros = ir.Constant(ir.VectorType(i32, LANES64), [0] * LANES64)
+        base = builder.shuffle_vector(first, ir.Constant(i64, ir.Undefined), zeros)
+        index = builder.shl(index, ir.Constant(i64, [3] * LANES64))
+        pointers = ir.VectorType(ir.DoubleType().as_pointer(), LANES64)
+        places = builder.inttoptr(builder.add(base, index), pointers)
+        none = ir.Constant(f64v.llvm, [0.0] * LANES64)
+        kind = ir.FunctionType(f64v.llvm, [pointers, i32, i1, f64v.llvm])
+        name = f"llvm.masked.gather.v{LANES64}f64.v{LANES64}p0"
+        gather = cgutils.get_or_insert_function(builder.module, kind, name)
+        return builder.call(gather, [places, i32(8), ir.Constant(i1, [1] * LANES64), none])
+
+    return f64v(table, row, column), codegen
 
 
 def _integers(dtype):
@@ -97,6 +146,7 @@ def excess_64(x, ratio):
 def build(dtype):
     load = _numbers(dtype)
     size = INTEGERS.get(dtype) or ITEMSIZE[dtype]
+    whole = dtype in INTEGERS
 
     @inline
     def both(x, y, j, n, drop):
@@ -108,7 +158,23 @@ def build(dtype):
             w = where(v > 0.0, w, 0.0)
         return w, v
 
-    def kernel(p, p_stride, q, q_stride, width, n_rows, counter, chunk, drop, out, smoothing):
+    @inline
+    def terms(w, v, W, U, per_p, per_q, wants_spread):
+        """What symbols add to KL, and to the sum of p (1-q)/q."""
+        left, right = v * W, w * U
+        lost = fma(v, W, -left) - fma(w, U, -right)
+        ratio = ((left - right) + lost) / right
+        share = w * per_p
+        term = where(w == 0.0, v * per_q, share * excess_64(ratio, left / right))
+        spread = splat64(0.0)
+        if wants_spread != 0:
+            spread = where(v == 0.0, 0.0, share * (U - v) / v)
+        return term, spread
+
+    def kernel(
+        p, p_stride, q, q_stride, width, n_rows, counter, chunk, drop, wants_spread, out, smoothing
+    ):
+        values, spreads, numbers = values_table(), spread_table(), lane_numbers()
         while True:
             first = fetch_add(counter, chunk)
             if first >= n_rows:
@@ -129,21 +195,33 @@ def build(dtype):
                 W = hsum(total_p) + width * smoothing
                 U = hsum(total_q) + width * smoothing
                 per_p, per_q = 1.0 / W, 1.0 / U
+                smallest = -hmax(-least)
+                # A negative count is refused later; it is no place in a table.
+                tabulated = whole and width >= WIDE and smallest >= 0.0
+                if tabulated:
+                    for i in range(SMALL):
+                        w = splat64(i + smoothing)
+                        for j in range(0, SMALL, LANES64):
+                            v = numbers + (j + smoothing)
+                            term, more = terms(w, v, W, U, per_p, per_q, wants_spread)
+                            store(values + 8 * (SMALL * i + j), term)
+                            store(spreads + 8 * (SMALL * i + j), more)
                 value, spread = zero, zero
                 for j in range(0, width, LANES64):
                     n = min(LANES64, width - j)
                     w, v = both(x, y, j, n, drop)
+                    if tabulated and n == LANES64 and not hany(vmax(w, v) > SMALL - 1.0):
+                        value = value + look_up(values, w, v)
+                        if wants_spread != 0:
+                            spread = spread + look_up(spreads, w, v)
+                        continue
                     if smoothing != 0.0:
                         inside = lanes_below(w, n)
                         w = where(inside, w + smoothing, 0.0)
                         v = where(inside, v + smoothing, 0.0)
-                    left, right = v * W, w * U
-                    lost = fma(v, W, -left) - fma(w, U, -right)
-                    ratio = ((left - right) + lost) / right
-                    share = w * per_p
-                    term = share * excess_64(ratio, left / right)
-                    value = value + where(w == 0.0, v * per_q, term)
-                    spread = spread + where(v == 0.0, 0.0, share * (U - v) / v)
+                    term, more = terms(w, v, W, U, per_p, per_q, wants_spread)
+                    value = value + term
+                    spread = spread + more
                 at = out + row * (8 * COUNT_COLUMNS)
                 poke_f64(at, hsum(value))
                 poke_f64(at + 8, W)
@@ -152,6 +230,6 @@ def build(dtype):
                 poke_f64(at + 32, hsum(some_q))
                 poke_f64(at + 40, hsum(only_p))
                 poke_f64(at + 48, hsum(spread))
-                poke_f64(at + 56, -hmax(-least))
+                poke_f64(at + 56, smallest)
 
     return kernel

@@ -120,19 +120,22 @@ def fill_table(
     return bool(zeros[0])
 
 
-def count_sums(p: NDArray[Any], q: NDArray[Any], smoothing: float, drop: bool) -> Values:
+def count_sums(
+    p: NDArray[Any], q: NDArray[Any], smoothing: float, drop: bool, wants_spread: bool
+) -> Values:
     """KL divergence of rows of counts and what goes with it: the columns of the kernel ``counts``.
 
     ``p`` and ``q`` are tables of the same shape and dtype: int32, int64 or a floating-point dtype.
+    The sum of p (1-q)/q is 0 unless ``wants_spread``.
     """
     n, width = p.shape
     out = np.empty((n, COUNT_COLUMNS))
     counter = np.zeros(1, np.int64)
-    function = _kernel("counts", (p.dtype.name,), "q" * 10 + "d")
+    function = _kernel("counts", (p.dtype.name,), "q" * 11 + "d")
     chunk = cut(n, width)[0]
     arguments = (
         p.ctypes.data, p.strides[0], q.ctypes.data, q.strides[0], width, n, address(counter),
-        chunk, int(drop), address(out), smoothing,
+        chunk, int(drop), int(wants_spread), address(out), smoothing,
     )  # fmt: skip
     launch(function, arguments, 2 * p.size, alone=False)
     return out

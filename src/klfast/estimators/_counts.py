@@ -67,7 +67,7 @@ def kl_from_counts(
     if _is_sparse(p) or _is_sparse(q):
         columns, shape = _sparse_sums(p, q, added, drop)
     else:
-        columns, shape = _dense_sums(p, q, added, drop)
+        columns, shape = _dense_sums(p, q, added, drop, method == "miller_madow")
     value, total_p, total_q, kinds, _, only_p, spread, least = columns.T
     if not (np.isfinite(total_p) & np.isfinite(total_q)).all() or (least < 0).any():
         raise ValueError("p or q holds a negative number, NaN or infinity; accepted: counts from 0")
@@ -161,7 +161,9 @@ def _counts(name: str, x: Any) -> NDArray[Any]:
     return array
 
 
-def _dense_sums(p: Any, q: Any, added: float, drop: bool) -> tuple[Values, tuple[int, ...]]:
+def _dense_sums(
+    p: Any, q: Any, added: float, drop: bool, wants_spread: bool
+) -> tuple[Values, tuple[int, ...]]:
     """The columns of the kernel ``counts``, and the shape of the batch."""
     a, b = _counts("p", p), _counts("q", q)
     try:
@@ -178,7 +180,7 @@ def _dense_sums(p: Any, q: Any, added: float, drop: bool) -> tuple[Values, tuple
     tables = [np.ascontiguousarray(each, dtype).reshape(-1, width) for each in (a, b)]
     kernels = compiled()
     if kernels is not None:
-        sums: Values = kernels.count_sums(*tables, added, drop)
+        sums: Values = kernels.count_sums(*tables, added, drop, wants_spread)
         return sums, shape
     rows, _ = np.indices(tables[0].shape)
     w, v = (each.astype(np.float64).ravel() for each in tables)
