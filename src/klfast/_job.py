@@ -23,6 +23,7 @@ from ._compare import Comparison
 from ._evaluation import Evaluation, Rows, measures
 from ._heads import open_description
 from ._linear import BLOCK_BYTES, BLOCK_ROWS, BLOCK_UNIT, LinearLogits, in_step
+from ._missing import completed
 from ._operations import DEFAULT_METRICS, TARGET_METRICS, parse_metric
 from ._pairs import NOISE_ROWS, FlooredPair, Pair, Stored, check_floored
 from ._sources import (
@@ -31,7 +32,6 @@ from ._sources import (
     ShardedSource,
     SourceError,
     check_column,
-    completed,
     open_available,
     open_column,
 )
