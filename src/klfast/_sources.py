@@ -462,13 +462,15 @@ def _open_array(path: Path, key: str | None, usual: str) -> NDArray[Any] | _Comp
 def _choose(path: Path, names: Sequence[str], key: str | None, usual: str) -> str:
     if not names:
         raise SourceError(f"{path}: holds no array")
+    given = key is not None
     if key is None:
         if len(names) == 1:
             return names[0]
         key = usual
     if key not in names:
         shown = ", ".join(map(repr, names[:10])) + (", ..." if len(names) > 10 else "")
-        raise SourceError(f"{path}: holds no array named {key!r}; there are: {shown}")
+        hint = "; choose one with key (--key)" if usual == "logits" and not given else ""
+        raise SourceError(f"{path}: holds no array named {key!r}; there are: {shown}{hint}")
     return key
 
 
