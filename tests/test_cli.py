@@ -17,7 +17,7 @@ import klfast
 from klfast import _peers
 from klfast._job import evaluate
 from klfast._machine import info
-from klfast.cli import main
+from klfast.cli import _parser, main
 from klfast.llama_cpp import BaseLogits, statistics
 
 RANDOM = np.random.default_rng(5)
@@ -354,8 +354,9 @@ def test_convert(run: Run) -> None:
     assert status == 2
     assert "is one of the inputs, which would be overwritten" in err
     outcome = run("convert", "base.npy", "new.kld")
-    assert outcome == (1, "", "klfast: a file of llama.cpp holds the text too: tokens and context "
-                       "are needed\n")  # fmt: skip
+    assert outcome == (1, "", "klfast: new.kld: a file of llama.cpp holds the text too: name "
+                       "tokens (--tokens) and context (--context); or write a .npy or .safetensors "
+                       "file\n")  # fmt: skip
     assert not leftovers("o.npy", "o.kld", "tokens.npy")
 
 
@@ -555,7 +556,7 @@ def test_folders_that_cannot_be_written(run: Run, monkeypatch: pytest.MonkeyPatc
     for option in ("--report", "--checkpoint"):
         status, out, err = run("compare", "base.npy", "test.npy", option, "no/such")
         assert (status, out) == (2, "")
-        assert err.splitlines()[-1].endswith(f"the folder {Path.cwd()} is not writable")
+        assert f"the folder {Path.cwd()} is not writable; see" in err
     monkeypatch.undo()
 
 
@@ -690,3 +691,60 @@ def test_reader_that_goes_away(run: Run) -> None:
             [sys.executable, "-m", "klfast", "info"], stdout=closed, stderr=subprocess.PIPE
         )
     assert (done.returncode, done.stderr) == (1, b"")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["compare", "base.npy"], "klfast compare: the following arguments are required: TEST; "),
+        (
+            ["compare", "a.npy", "b.npy", "--resume"],
+            "klfast compare: --resume needs --checkpoint; ",
+        ),
+        (["convert"], "klfast convert: the following arguments are required: IN, OUT; "),
+        ([], "klfast: the following arguments are required: COMMAND; "),
+    ],
+)
+def test_bad_arguments_are_said_in_one_line(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"{said}see {said.partition(':')[0]} --help"
+
+
+@pytest.mark.parametrize(("command", "width"), [("compare", "40"), ("convert", "200")])
+def test_help_shows_commands_that_can_be_parsed(
+    command: str, width: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", width)
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    shown = capsys.readouterr().out.partition("examples:\n")[2].partition("\n\n")[0].splitlines()
+    assert len(shown) >= 2
+    for line in shown:
+        words = shlex.split(line)
+        assert words[:2] == ["klfast", command]
+        _parser().parse_args(words[1:])
+
+
+def test_errors_of_files_name_the_options_that_mend_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logits, several, targets = (str(tmp_path / name) for name in ("b.npy", "s.npz", "t.npy"))
+    np.save(logits, np.zeros((2, 5), np.float32))
+    np.savez(several, a=np.zeros((2, 5)), b=np.zeros((2, 5)))
+    np.save(targets, np.array([1, -100]))
+    for arguments, option in (
+        ([logits, several], "--key"),
+        ([logits, logits, "--targets", targets], "--ignore-index -100"),
+    ):
+        assert main(["compare", *arguments]) == 1
+        assert option in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["compare", logits, logits, "--ignore-index", "-100"])
+    assert "--targets" in capsys.readouterr().err
+    assert main(["convert", logits, str(tmp_path / "out.kld")]) == 1
+    assert "--tokens" in capsys.readouterr().err

@@ -630,11 +630,15 @@ def test_refusals() -> None:
     assert "target 60 at row 7 is outside the vocabulary, 0 to 59" in refusal(BASE, TEST, wrong)
     wrong[:] = -100
     assert "target -100 at row 0 is outside" in refusal(BASE, TEST, wrong)
-    assert "leave such rows out with where, or with ignore_index=-100" in refusal(BASE, TEST, wrong)
+    assert "leave such rows out with ignore_index=-100 (--ignore-index -100)" in refusal(
+        BASE, TEST, wrong
+    )
     keep = np.ones((40,), bool)
     assert "where: has shape (39,); the logits have 40 rows" in refusal(BASE, TEST, where=keep[1:])
     assert "where: holds int64; where must be booleans" in refusal(BASE, TEST, where=1 * keep)
-    assert "ignore_index is -100, but targets is None" in refusal(BASE, TEST, ignore_index=-100)
+    assert "ignore_index is -100, but there are no targets" in refusal(
+        BASE, TEST, ignore_index=-100
+    )
     assert "target 60 at row 3" in refusal(BASE, TEST, np.where(np.arange(40) == 3, 60, -100),
                                            ignore_index=-100)  # fmt: skip
     assert "targets must be integers" in refusal(BASE, TEST, TARGETS / 1)

@@ -424,8 +424,8 @@ def test_logits_to_a_file_and_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({}, "tokens and context are needed"),
-        ({"tokens": np.zeros(48, int)}, "tokens and context are needed"),
+        ({}, "name tokens (--tokens) and context"),
+        ({"tokens": np.zeros(48, int)}, "name tokens (--tokens) and context"),
         ({"tokens": np.zeros(47, int), "context": 16}, "has 21 rows, and tokens are 47 of int64"),
         ({"tokens": np.zeros(48), "context": 16}, "of float64; accepted"),
         ({"tokens": np.full(48, 45), "context": 16}, "token 45 is outside the vocabulary, 0 to 44"),

@@ -23,6 +23,7 @@ from ._compare import Comparison
 from ._evaluation import Evaluation, Rows, measures
 from ._heads import open_description
 from ._linear import BLOCK_BYTES, BLOCK_ROWS, BLOCK_UNIT, LinearLogits, in_step
+from ._missing import completed
 from ._operations import DEFAULT_METRICS, TARGET_METRICS, parse_metric
 from ._pairs import NOISE_ROWS, FlooredPair, Pair, Stored, check_floored
 from ._sources import (
@@ -31,7 +32,6 @@ from ._sources import (
     ShardedSource,
     SourceError,
     check_column,
-    completed,
     open_available,
     open_column,
 )
@@ -119,7 +119,8 @@ class Job:
             self.targets = _checked_tokens(name, tokens.astype(np.int64), width, self.where)
         elif ignore_index is not None:
             raise ValueError(
-                f"ignore_index is {ignore_index}, but targets is None; accepted: None, without them"
+                f"ignore_index is {ignore_index}, but there are no targets; name them with targets "
+                "(--targets)"
             )
         self.sequences = _labels(sequences, known[0].sequences if known else None, lead)
         #: Numbers of the rows to compare, and the place of every row in its sequence, where rows
@@ -705,7 +706,10 @@ def _checked_tokens(
     outside = np.flatnonzero((tokens < 0) | (tokens >= width))
     if outside.size:
         first = int(outside[0])
-        hint = f" (leave such rows out with where, or with ignore_index={tokens[first]})"
+        hint = (
+            f"; leave such rows out with ignore_index={tokens[first]} (--ignore-index "
+            f"{tokens[first]}), or with where (--where)"
+        )
         raise SourceError(
             f"{name}: target {int(tokens[first])} at row {first} is outside the vocabulary, "
             f"0 to {width - 1}" + hint * bool(tokens[first] < 0)

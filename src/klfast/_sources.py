@@ -199,9 +199,8 @@ class MissingSource:
         raise error
 
 
-_Entry: TypeAlias = "LogitSource | SourceError"
-_Entries: TypeAlias = Mapping[str, _Entry]
-_Numbers: TypeAlias = tuple[int, ...]
+Entry: TypeAlias = "LogitSource | SourceError"
+Entries: TypeAlias = Mapping[str, Entry]
 
 
 class ShardedSource:
@@ -212,9 +211,9 @@ class ShardedSource:
         shards: Sequence[LogitSource],
         name: str,
         files: Sequence[Path],
-        entries: _Entries = MappingProxyType({}),
+        entries: Entries = MappingProxyType({}),
     ) -> None:
-        #: Shards by name, with those that cannot be read, whose rows are left out (`completed`).
+        #: Shards by name, with those that cannot be read, whose rows are left out.
         self.entries = entries
         self.name = name
         self.files = tuple(map(str, files))
@@ -311,117 +310,6 @@ class ZarrSource:
             rows = np.asarray(self._array[first:last]).reshape(-1, width)
             part = rows[start - first * self._inner : stop - first * self._inner]
             return part.astype(part.dtype.newbyteorder("="), copy=False)
-
-
-def completed(sources: Sequence[LogitSource]) -> list[LogitSource]:
-    """Sources of the same rows, in which shards that cannot be read have their place.
-
-    A shard that another source has under the same number, and this one has not, is missing; and
-    one whose number is left out, where another source has the rows that it would have. How many
-    rows one has that cannot be read is known from that of the same number, from what is
-    missing to the rows of another source, or from the other shards, where those are all of one
-    length. Where it is not, the reason why it cannot be read is raised.
-    """
-    return [_completed(each, [x for x in sources if x is not each]) for each in sources]
-
-
-def _completed(source: LogitSource, others: Sequence[LogitSource]) -> LogitSource:
-    if not isinstance(source, ShardedSource):
-        return source
-    columns, shards = _numbered(source.entries)
-    theirs: dict[_Numbers, tuple[str, int]] = {}
-    for other in others:
-        if isinstance(other, ShardedSource):
-            for number, (name, each) in _numbered(other.entries)[1].items():
-                if not isinstance(each, SourceError):
-                    theirs[number] = name, _rows_of(each)
-    total = max(map(_rows_of, others), default=0)
-    if shards.keys() & theirs.keys() and _rows_of(source) != total:
-        missing = {
-            number: f"{theirs[number][0]} is there" for number in theirs.keys() - shards.keys()
-        }
-    else:
-        longest = max(others, key=_rows_of, default=source).name
-        missing = dict.fromkeys(
-            _left_out(columns, shards, total), f"{longest} has {total} rows"
-        )  # fmt: skip
-    for number, reason in missing.items():
-        name = _renumbered(next(iter(source.entries)), columns, number)
-        error = SourceError(f"{name}: is missing, and {reason}")
-        error.file = name
-        shards[number] = name, error
-    broken = [each for _, each in shards.values() if isinstance(each, SourceError)]
-    if not broken:
-        for each in source.entries.values():
-            if isinstance(each, SourceError):
-                raise each
-        return source
-    first = source.shards[0]
-    known, inner = list(map(_rows_of, source.shards)), math.prod(first.shape[1:-1])
-    whole: list[LogitSource] = []
-    for number, (_, each) in sorted(shards.items()):
-        if not isinstance(each, SourceError):
-            whole.append(each)
-            continue
-        rows: int | None = theirs[number][1] if number in theirs else None
-        if rows is None and len(broken) == 1 and total > sum(known):
-            rows = total - sum(known)
-        if rows is None and len(set(known)) == 1:
-            rows = known[0]
-        if rows is None or rows % inner:
-            raise each
-        lead = (rows // inner, *first.shape[1:-1]) if len(first.shape) > 1 else (rows,)
-        whole.append(MissingSource(each, (*lead, first.shape[-1]), first.dtype))
-    if total and sum(map(_rows_of, whole)) != total:
-        raise broken[0]
-    return ShardedSource(whole, source.name, list(map(Path, source.files)))
-
-
-def _left_out(
-    columns: Sequence[int], shards: Mapping[_Numbers, tuple[str, _Entry]], total: int
-) -> list[_Numbers]:
-    """Numbers between those of the shards, if the rows that are not in these fit there."""
-    known = [_rows_of(each) for _, each in shards.values() if not isinstance(each, SourceError)]
-    left = total - sum(known)
-    if len(columns) != 1 or len(known) < len(shards) or left <= 0:
-        return []
-    numbers = [number for (number,) in shards]
-    first, last = min(numbers), max(numbers)
-    count = last - first + 1 - len(numbers)
-    if not 0 < count <= len(numbers) or (count > 1 and {*known} != {left / count}):
-        return []
-    return [(number,) for number in range(first, last) if (number,) not in shards]
-
-
-def _rows_of(source: LogitSource) -> int:
-    return math.prod(source.shape[:-1])
-
-
-def _numbered(entries: _Entries) -> tuple[list[int], dict[_Numbers, tuple[str, _Entry]]]:
-    """Shards by the numbers in their names, of those that differ, and which of them these are.
-
-    None, where their names are not alike.
-    """
-    found = {name: tuple(map(int, re.findall(r"\d+", Path(name).name))) for name in entries}
-    if len({len(each) for each in found.values()}) > 1:
-        return [], {}
-    by_place = enumerate(zip(*found.values(), strict=True))
-    columns = [place for place, numbers in by_place if len(set(numbers)) > 1]
-    numbered = {
-        tuple(found[name][place] for place in columns): (name, each)
-        for name, each in entries.items()
-    }
-    return (columns, numbered) if len(numbered) == len(entries) else ([], {})
-
-
-def _renumbered(name: str, columns: Sequence[int], numbers: _Numbers) -> str:
-    """The name of a shard with other numbers, as long as they are where they begin with 0."""
-    path = Path(name)
-    parts = re.split(r"(\d+)", path.name)
-    for column, number in zip(columns, numbers, strict=True):
-        old = parts[2 * column + 1]
-        parts[2 * column + 1] = str(number).zfill(len(old) if old[0] == "0" else 1)
-    return str(path.with_name("".join(parts)))
 
 
 def open_logits(path: str | os.PathLike[str], key: str | None = None) -> LogitSource:
@@ -574,13 +462,15 @@ def _open_array(path: Path, key: str | None, usual: str) -> NDArray[Any] | _Comp
 def _choose(path: Path, names: Sequence[str], key: str | None, usual: str) -> str:
     if not names:
         raise SourceError(f"{path}: holds no array")
+    given = key is not None
     if key is None:
         if len(names) == 1:
             return names[0]
         key = usual
     if key not in names:
         shown = ", ".join(map(repr, names[:10])) + (", ..." if len(names) > 10 else "")
-        raise SourceError(f"{path}: holds no array named {key!r}; there are: {shown}")
+        hint = "; choose one with key (--key)" if usual == "logits" and not given else ""
+        raise SourceError(f"{path}: holds no array named {key!r}; there are: {shown}{hint}")
     return key
 
 
@@ -733,7 +623,7 @@ def _open_shards(files: Sequence[Path], name: str, key: str | None) -> LogitSour
     files = [each for each in files if each.suffix.lower() in SUFFIXES]
     if not files:
         raise SourceError(f"{name}: holds no {', '.join(SUFFIXES)} file")
-    entries: dict[str, _Entry] = {}
+    entries: dict[str, Entry] = {}
     for each in files:
         try:
             entries[str(each)] = open_logits(each, key)
@@ -742,7 +632,7 @@ def _open_shards(files: Sequence[Path], name: str, key: str | None) -> LogitSour
     return _sharded(entries, name, files)
 
 
-def _sharded(entries: _Entries, name: str, files: Sequence[Path]) -> ShardedSource:
+def _sharded(entries: Entries, name: str, files: Sequence[Path]) -> ShardedSource:
     """A source of those that can be read; if none can, the first reason why is raised."""
     shards = [each for each in entries.values() if not isinstance(each, SourceError)]
     if not shards:
@@ -766,7 +656,7 @@ def _open_index(path: Path, key: str | None) -> LogitSource:
     else:
         names = [_choose(path, sorted(places), key, "logits")]
     files = [path.parent / places[each] for each in names]
-    entries: dict[str, _Entry] = {}
+    entries: dict[str, Entry] = {}
     for file, each in zip(files, names, strict=True):
         try:
             entries[each] = open_logits(file, each)

@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 from ._arrays import FLOATS
 from ._bench import DEFAULT_BENCH_METRICS, Timing, bench
@@ -475,10 +475,41 @@ _FILES = (
 )
 
 
+_EXAMPLES = """examples:
+  klfast compare base.npy int4.npy
+  klfast compare base.npy int4.npy --targets targets.npy --ignore-index -100 --report page
+  klfast compare base.npy int8.npy int4.npy --json report.json --fail-above kl.mean=0.01
+  klfast compare 'base-*.safetensors' 'int4-*.safetensors' --checkpoint job --resume
+  klfast compare base_states.npy int4_states.npy --head model.safetensors
+  klfast compare base.kld q5_0.kld"""
+_CONVERTED = """examples:
+  klfast convert base.kld base.npy
+  klfast convert base.npy base.kld --tokens tokens.npy --context 512"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as every other error is said; paragraphs of its help stay."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=_Help, **options)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+class _Help(argparse.HelpFormatter):
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        fill = super()._fill_text
+        return "\n\n".join(
+            part if part.startswith("examples:") else fill(part, width, indent)
+            for part in text.split("\n\n")
+        )
+
+
 def _parser() -> argparse.ArgumentParser:
     from . import __version__
 
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="klfast",
         description="Divergences between the predictions of two models, straight from logits.",
         epilog="Exit status: 0 done, 1 the job failed, 2 bad arguments, 3 a limit was violated.",
@@ -489,10 +520,11 @@ def _parser() -> argparse.ArgumentParser:
     compare = commands.add_parser(
         "compare",
         help="compare files of logits, row by row",
+        usage="klfast compare BASE TEST [TEST ...] [options]",
         description="Compare the logits of one or more test models with those of a base model, row "
         f"by row, and print statistics. {_FILES}",
-        epilog="Exit status: 0 done, 1 the job failed, 2 bad arguments, 3 a limit was violated, "
-        "130 interrupted. Call klfast.evaluate to do the same from Python.",
+        epilog=f"{_EXAMPLES}\n\nExit status: 0 done, 1 the job failed, 2 bad arguments, 3 a limit "
+        "was violated, 130 interrupted. Call klfast.evaluate to do the same from Python.",
     )
     compare.set_defaults(run=_compare, parser=compare)
     compare.add_argument("base", metavar="BASE", help="logits of the original model (P)")
@@ -614,6 +646,7 @@ def _parser() -> argparse.ArgumentParser:
         "base-logits file of llama.cpp, which needs --tokens and --context unless IN is one. Of "
         "such a file arrays get the log-probabilities as they are stored, upper bounds at the "
         "floor of a row included: to compare it, name it itself.",
+        epilog=_CONVERTED,
     )
     converting.set_defaults(run=_convert, parser=converting)
     converting.add_argument("source", metavar="IN")

@@ -295,7 +295,10 @@ def convert(
             shutil.copyfile(source, temporary)
         return
     if tokens is None or context is None:
-        raise ValueError("a file of llama.cpp holds the text too: tokens and context are needed")
+        raise ValueError(
+            f"{os.fspath(target)}: a file of llama.cpp holds the text too: name tokens (--tokens) "
+            "and context (--context); or write a .npy or .safetensors file"
+        )
     given = open_column(tokens) if isinstance(tokens, (str, os.PathLike)) else tokens
     text = _text(np.asarray(given), context, opened)
     with replacing(target) as temporary, temporary.open("wb") as file:
