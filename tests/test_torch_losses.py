@@ -438,3 +438,126 @@ def test_the_linear_loss_is_called_backward_through_once() -> None:
     (gradient,) = torch.autograd.grad(value, hidden, create_graph=True)
     with pytest.raises(NotImplementedError, match="no second derivatives"):
         gradient.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("width", [1, 2, 77, 4099])
+def test_token_log_probs_have_the_gradient_of_the_definition(
+    width: int, temperature: float, dtype: str
+) -> None:
+    x = (8.0 * logits(6, width, dtype=torch.float64)[0]).to(getattr(torch, dtype))
+    tokens = torch.arange(6) * 7 % width
+    tokens[0] = x[0].argmax()
+    x[1] += 500.0  # no multiple of a rounded log2(e)
+    x[2, tokens[2]] += 40.0  # a probability near 1
+    x.requires_grad_()
+    scale = torch.linspace(-1.0, 2.0, 6)
+    value = losses.token_log_probs(x, tokens, temperature=temperature)
+    (gradient,) = torch.autograd.grad((value * scale).sum(), x)
+    wide = x.detach().double()
+    truth = torch.from_numpy(
+        reference.token_log_probs(wide.numpy(), tokens.numpy(), temperature=temperature)
+    )
+    # Not by autograd, whose 1 - p is 0 where p is next to 1.
+    factor = (scale.double() / temperature)[:, None]
+    expected = -factor * F.softmax(wide / temperature, -1)
+    expected.scatter_(-1, tokens[:, None], -factor * torch.expm1(truth)[:, None])
+    torch.testing.assert_close(value.double(), truth, rtol=2e-6, atol=1e-11)
+    assert gradient.dtype == x.dtype
+    largest = expected.abs().amax(-1, keepdim=True)
+    unit = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 1e-5, "float64": 1e-12}[dtype]
+    least = 2.0**-24 if dtype == "float16" else 1e-30
+    assert ((gradient.double() - expected).abs() <= unit * largest + least).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_cross_entropy_loss_is_that_of_torch(reduction: Any, dtype: Any) -> None:
+    x = logits(3, 5, 331, dtype=dtype)[0].requires_grad_()
+    labels = torch.arange(15).reshape(3, 5) * 20
+    labels[1, 2:] = -100
+    mine = losses.cross_entropy_loss(x, labels, reduction=reduction)
+    theirs = F.cross_entropy(x.flatten(0, 1), labels.flatten(), reduction=reduction)
+    torch.testing.assert_close(mine.flatten(), theirs.flatten().to(dtype))
+    (gradient,) = torch.autograd.grad(mine.sum(), x)
+    (expected,) = torch.autograd.grad(theirs.sum(), x)
+    torch.testing.assert_close(gradient, expected)
+    assert (gradient[1, 2:] == 0.0).all()
+
+
+def test_gradcheck_of_token_log_probs() -> None:
+    x = logits(3, 6, dtype=torch.float64)[0].requires_grad_()
+    tokens = torch.tensor([0, 5, 2])
+    assert torch.autograd.gradcheck(
+        lambda x: losses.token_log_probs(x, tokens, temperature=1.5), (x,)
+    )
+    value = losses.token_log_probs(x, tokens).sum()
+    (gradient,) = torch.autograd.grad(value, x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivatives"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_token_gradients_of_strange_rows(dtype: Any) -> None:
+    x = logits(5, 1003, dtype=dtype)[0]
+    tokens = torch.tensor([4, 3, 2, -100, 0])
+    x[0, 5:900] = -math.inf  # outside the support
+    x[1, 3] = -math.inf  # the token itself
+    x[2, 7] = math.nan
+    x[3] = math.nan  # not read
+    x[4, 1:] = -math.inf  # nothing but the token
+    x.requires_grad_()
+    value = losses.token_log_probs(x, tokens, where=torch.arange(5) != 3)
+    value.sum().backward()
+    assert value[1] == -math.inf
+    assert value[2].isnan()
+    assert (value[3:] == 0.0).all()
+    assert (x.grad[0, 5:900] == 0.0).all()
+    assert x.grad[0].sum().abs() < 1e-6
+    assert x.grad[2].isnan().all()
+    assert (x.grad[[1, 3, 4]] == 0.0).all()
+
+
+def test_token_log_probs_of_rows_that_are_repeated_or_strided() -> None:
+    x = logits(64, 1, 4, dtype=torch.float32)[0].permute(2, 1, 0).expand(4, 3, 64)
+    tokens = torch.arange(12).reshape(4, 3)
+    for rows in (x, x.contiguous(), logits(1, 64)[0].expand(4, 3, 64)):
+        rows = rows.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(losses.token_log_probs(rows, tokens).sum(), rows)
+        wide = rows.detach().double().requires_grad_()
+        truth = F.log_softmax(wide, -1).gather(-1, tokens[..., None]).sum()
+        (expected,) = torch.autograd.grad(truth, wide)
+        torch.testing.assert_close(gradient.double(), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_tokens_that_do_not_fit_are_refused() -> None:
+    x = logits(3, 7)[0]
+    with pytest.raises(IndexError, match="7"):
+        losses.token_log_probs(x, torch.tensor([0, 7, 1]))
+    with pytest.raises(TypeError, match=r"labels has dtype .*; accepted: integers"):
+        losses.cross_entropy_loss(x, torch.zeros(3))
+    with pytest.raises(ValueError, match=r"tokens has shape \(2,\); accepted: \(3,\)"):
+        losses.token_log_probs(x, torch.zeros(2, dtype=torch.int64))
+    unknown: Any = "batchmean"
+    with pytest.raises(ValueError, match="reduction is 'batchmean'"):
+        losses.cross_entropy_loss(x, torch.zeros(3, dtype=torch.int64), reduction=unknown)
+    assert losses.cross_entropy_loss(x, torch.full((3,), -100)).isnan()
+    assert losses.token_log_probs(x[:0], torch.zeros(0, dtype=torch.int64)).shape == (0,)
+
+
+def test_cross_entropy_loss_under_compile_and_autocast() -> None:
+    x = logits(8, 501)[0].requires_grad_()
+    labels = torch.arange(8)
+
+    def loss(rows: Any) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            return losses.cross_entropy_loss(rows * 2.0, labels)
+
+    value = loss(x)
+    (gradient,) = torch.autograd.grad(value, x)
+    again = torch.compile(loss, fullgraph=True, backend="aot_eager")(x)
+    (compiled,) = torch.autograd.grad(again, x)
+    torch.testing.assert_close(again, value)
+    torch.testing.assert_close(compiled, gradient)
+    torch.testing.assert_close(value, F.cross_entropy(2.0 * x, labels))

@@ -1,5 +1,7 @@
 """Calls of the kernels outside the operation table: Gaussians, counts, samples, many against many.
 
+And of that for gradients of token log-probabilities.
+
 What comes in are rows of one dtype that lie in memory as the kernels read them; what goes out are
 float64 values.
 """
@@ -16,10 +18,10 @@ from numpy.typing import NDArray
 from klfast._arrays import Rows
 
 from .native import kernel
-from .runs import Values, address, cut, launch
+from .runs import AT_A_TIME, Values, address, cut, launch, placed
 from .threads import get_num_threads
 
-__all__ = ["add_pairs", "count_sums", "fill_table", "gaussian_kl", "moments"]
+__all__ = ["add_pairs", "count_sums", "fill_table", "gaussian_kl", "moments", "token_gradients"]
 
 #: Values that the kernel ``counts`` gives for a row.
 COUNT_COLUMNS = 8
@@ -33,6 +35,30 @@ SAMPLES = 1 << 15
 Panels = NDArray[np.float32]
 
 _kernel = functools.cache(kernel)
+
+
+def token_gradients(
+    x: Rows,
+    into: NDArray[Any],
+    tokens: NDArray[np.int64],
+    values: Values,
+    log_sums: Values,
+    scales: Values,
+) -> None:
+    """Write gradients of token log-probabilities, times ``scales``, into a contiguous array.
+
+    ``values`` and ``log_sums`` are the log-probabilities and log sum exp(x/T), one a row. ``into``
+    has the dtype of the rows, bfloat16 as its bits. Rows with a scale of 0 are not read.
+    """
+    space = np.zeros(1, np.int64)
+    n, width = x.count, x.width
+    function = _kernel("token_gradients", (x.dtype,), "q" * 13 + "d")
+    arguments = (
+        *placed(x), address(into), width * into.itemsize, width, n, address(space),
+        max(1, AT_A_TIME // width), address(tokens), address(values), address(log_sums),
+        address(scales), 1.0 / x.temperature,
+    )  # fmt: skip
+    launch(function, arguments, 2 * n * width, alone=False)
 
 
 def gaussian_kl(

@@ -23,14 +23,17 @@ from torch.autograd.forward_ad import unpack_dual
 
 import klfast
 
-from . import gaussian
-from ._arguments import number, temperatures
+from . import _device, gaussian
+from ._arguments import Settings, number, prepare, temperatures
+from ._arrays import FLOATS, memory, view_of
+from ._dispatch import compiled
 from ._gradients import differentiable, value_and_grad
 
 __all__ = [
     "alpha_divergence",
     "chi2_divergence",
     "cross_entropy",
+    "cross_entropy_loss",
     "distillation_loss",
     "entropy",
     "gaussian_kl_divergence",
@@ -42,6 +45,7 @@ __all__ = [
     "linear_distillation_loss",
     "renyi_divergence",
     "squared_hellinger",
+    "token_log_probs",
     "total_variation",
     "tsallis_divergence",
 ]
@@ -412,7 +416,182 @@ def entropy(
     return _evaluate("entropy", [], {"p": p}, temperature, where, reduction)
 
 
+# Log-probabilities of tokens, whose gradients need no more than what the values were made of
+
+
+@torch.library.custom_op("klfast::token_log_probs", mutates_args=())
+def _token_log_probs(
+    logits: Tensor, tokens: Tensor, keep: Tensor | None, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """The values, and in float64 once more with the logarithms of the normalizers."""
+    settings = Settings(temperature=temperature, where=keep)
+    batch = prepare({"logits": logits.detach()}, settings, ("tokens", tokens))
+    metrics: list[tuple[str, tuple[float, ...]]] = [("token_log_probs", ()), ("logsumexp", ())]
+    if batch.place.device == "cpu":
+        found = [batch.empty_values() for _ in metrics]
+        if not batch.idle:
+            found = batch.backend.compare(metrics, batch.p, batch.p, batch.rows, batch.tokens)
+        known = torch.stack([torch.from_numpy(each).reshape(batch.shape) for each in found])
+    else:
+        known = torch.stack(_device.evaluate(batch, metrics, "float64"))
+    if keep is not None:
+        known = torch.where(keep, known, 0.0)
+    return known[0].to(_widest(logits), copy=True), known
+
+
+@_token_log_probs.register_fake
+def _(
+    logits: Tensor, tokens: Tensor, keep: Tensor | None, temperature: float
+) -> tuple[Tensor, Tensor]:
+    batch = logits.shape[:-1]
+    return (
+        logits.new_empty(batch, dtype=_widest(logits)),
+        logits.new_empty((2, *batch), dtype=torch.float64),
+    )
+
+
+@torch.library.custom_op("klfast::token_gradient", mutates_args=())
+def _token_gradient(
+    logits: Tensor, tokens: Tensor, keep: Tensor | None, known: Tensor, scale: Tensor,
+    temperature: float,
+) -> Tensor:  # fmt: skip
+    logits = logits.detach()
+    gradient = logits.new_empty(logits.shape)
+    scale = scale.double() if keep is None else torch.where(keep, scale.double(), 0.0)
+    tokens = tokens.long() if keep is None else torch.where(keep, tokens.long(), 0)
+    if not gradient.numel():
+        return gradient
+    kernels = compiled() if logits.device.type == "cpu" else None
+    if kernels is not None and logits.dtype != torch.float64:
+        batch = prepare({"logits": logits}, Settings(temperature=temperature))
+        if batch.p.stride == FLOATS[batch.p.dtype] and temperature >= 1e-30:
+            numbers = [each.contiguous().numpy() for each in (tokens, *known, scale)]
+            kernels.token_gradients(
+                batch.p, memory(view_of(gradient, batch.place, "gradient"), True), *numbers
+            )
+            return gradient
+    value, log_sum = known[..., None]
+    scale, tokens = scale[..., None] / temperature, tokens[..., None]
+    wide = torch.exp(logits.double() / temperature - log_sum).mul_(-scale)
+    wide.scatter_(-1, tokens, -torch.expm1(value) * scale)
+    nothing = (scale == 0.0) | (value == -math.inf)
+    return gradient.copy_(wide.masked_fill_(nothing, 0.0))
+
+
+@_token_gradient.register_fake
+def _(
+    logits: Tensor, tokens: Tensor, keep: Tensor | None, known: Tensor, scale: Tensor,
+    temperature: float,
+) -> Tensor:  # fmt: skip
+    return logits.new_empty(logits.shape)
+
+
+def _save_tokens(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    logits, tokens, keep, ctx.temperature = inputs
+    ctx.save_for_backward(logits, tokens, keep, output[1])
+
+
+def _token_backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Any, ...]:
+    return _token_gradient(*ctx.saved_tensors, upstream, ctx.temperature), None, None, None
+
+
+_token_log_probs.register_autograd(_token_backward, setup_context=_save_tokens)
+_token_gradient.register_autograd(_no_second_derivative)
+
+
+def _of_tokens(
+    names: tuple[str, str],
+    logits: Tensor,
+    tokens: Tensor,
+    where: Tensor | None,
+    temperature: float,
+) -> Tensor:
+    _check_rows({names[0]: logits})
+    shape = logits.shape[:-1]
+    _check_one_a_row(names[1], tokens, shape, "integers")
+    if where is not None:
+        _check_one_a_row("where", where, shape, "boolean")
+        where = where.expand(shape)
+    (temperature,) = temperatures(temperature, 1)
+    value: Tensor = _token_log_probs(logits, tokens, where, temperature)[0]
+    return value
+
+
+def token_log_probs(
+    logits: Tensor,
+    tokens: Tensor,
+    *,
+    temperature: float = 1.0,
+    where: Tensor | None = None,
+) -> Tensor:
+    """Log-probability of one token a row, differentiable: what policy gradients are made of.
+
+    Formula:
+        log p[token] = x[token] / T - log sum exp(x / T),
+        whose derivative is (onehot(token) - p) / T.
+
+    Arguments:
+        logits: shape (..., V), in any float dtype.
+        tokens: integers from 0 to V - 1, shape (...).
+        temperature: T > 0 that divides the logits.
+        where: booleans, one a row; rows that are False are never read, may have any token, such as
+            -100, and have value and gradient 0.
+
+    Returns:
+        One value a row, float32 or, if the logits are, float64, in nats; exact also where it is
+        close to 0. Differentiable once in the logits; the gradient comes from one more read of them
+        and has their dtype. It is 0 where the value is -inf, which has no derivative.
+
+        Of float64 logits, of logits that are not contiguous along the vocabulary, and on CUDA the
+        gradient is computed by PyTorch in float64, which takes memory of its size.
+
+    Raises:
+        TypeError, ValueError: for arguments of other kinds or shapes.
+        IndexError: for tokens out of range (on a GPU their rows are NaN).
+        NotImplementedError: in a second derivative.
+    """
+    return _of_tokens(("logits", "tokens"), logits, tokens, where, temperature)
+
+
 # Losses
+
+
+def cross_entropy_loss(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Cross-entropy of logits with known labels: F.cross_entropy, of the last axis.
+
+    Formula:
+        -log softmax(logits / T)[label] of each row, and its mean or sum over the rows whose label
+        is not ignore_index.
+
+    Arguments:
+        logits: shape (..., V), in any float dtype. (F.cross_entropy has classes on axis 1.)
+        labels: integers from 0 to V - 1, or ignore_index, shape (...).
+        temperature: T > 0.
+        ignore_index: rows with this label are not read; their value and gradient are 0.
+        reduction: "mean" (NaN where all rows are ignored, as there), "sum" or "none".
+
+    Returns:
+        float32, or float64 if the logits are; differentiable once, as `token_log_probs`.
+
+    Raises:
+        TypeError, ValueError, IndexError: as `token_log_probs`.
+    """
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"reduction is {reduction!r}; accepted: 'none', 'mean', 'sum'")
+    _check_rows({"logits": logits})
+    _check_one_a_row("labels", labels, logits.shape[:-1], "integers")
+    keep = labels != ignore_index
+    value = 0.0 - _of_tokens(("logits", "labels"), logits, labels, keep, temperature)
+    if reduction == "none":
+        return value
+    return value.sum() if reduction == "sum" else value.sum() / keep.sum()
 
 
 def distillation_loss(
@@ -478,10 +657,7 @@ def distillation_loss(
     soft = soft * temperature**2
     if labels is None or alpha == 1.0:
         return soft
-    wide = student if student.dtype == torch.float64 else student.float()
-    hard = torch.nn.functional.cross_entropy(
-        wide.reshape(-1, wide.shape[-1]), labels.reshape(-1).long(), ignore_index=ignore_index
-    )
+    hard = cross_entropy_loss(student, labels, ignore_index=ignore_index)
     return alpha * soft + (1.0 - alpha) * hard
 
 
