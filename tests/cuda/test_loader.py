@@ -205,6 +205,18 @@ def test_why_it_cannot_be_used(
     assert klfast.kl_divergence(P, P).tolist() == [0, 0]
 
 
+def test_a_device_that_is_too_old(twin: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(twin.cuda.device, "capability", "75")
+    reason = "cuda:0 has compute capability 7.5; accepted: 8.0 or later"
+    assert reason in str(klfast.backends()["cuda"].reason)
+    for x, keywords in ((twin.asarray(P), {}), (P, {"backend": "cuda"})):
+        with pytest.raises(klfast.BackendUnavailable, match=reason):
+            klfast.kl_divergence(x, x, **keywords)
+    # Beside another one, which can be used.
+    with pytest.raises(klfast.BackendUnavailable, match=reason):
+        loader().machine(0)
+
+
 @pytest.mark.slow
 def test_the_calls_for_tools_that_watch_a_device(
     twin: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
