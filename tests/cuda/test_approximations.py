@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import test_gradient_kernel
 import test_one_pass
+import test_single_pass
 import test_two_phase
 from distributions import cases
+from measures import tokens_of
 from twin import compiler
 
 pytestmark = [
@@ -36,3 +39,19 @@ def test_two_phase_with_biased_exponentials(bias: str) -> None:
         test_two_phase.check(
             test_two_phase.DIVERGENCES[:8], cases(width, dtype), defines={"TWIN_BIAS(m)": bias}
         )
+
+
+@pytest.mark.parametrize(
+    "slope", [test_gradient_kernel.JS, test_gradient_kernel.SLOPES[5]], ids=str
+)
+def test_gradients_with_biased_exponentials(slope: Any) -> None:
+    test_gradient_kernel.check(slope, cases(257, "float32"), defines={"TWIN_BIAS(m)": BIASES[1]})
+
+
+def test_single_rows_with_biased_exponentials() -> None:
+    found = cases(500, "float32")
+    tokens = tokens_of(found.p)
+    columns = test_single_pass.single_pass(
+        "statistics", found.p, tokens=tokens, defines={"TWIN_BIAS(m)": BIASES[0]}
+    )
+    test_single_pass.check(found, columns, tokens)
