@@ -6,12 +6,12 @@
 #
 #   setup     1 min   the device, versions, and klfast installed from this checkout
 #   smoke     2 min   every measure, with gradients, of two small shapes, without peers
-#   test      8 min   pytest -m gpu
-#   sanitize  6 min   memory errors and races, on some of these tests
+#   test      7 min   pytest -m gpu
+#   sanitize  7 min   memory errors and races, on calls that launch every kernel in each of its ways
 #   bench     9 min   benchmarks/gpu.py: klfast at every shape, then its peers while there is time
 #   profile   3 min   ncu on one launch of each kernel that reads rows
 #
-# Where a command may not take longer than ten minutes: setup smoke; test; sanitize profile; bench.
+# Where a command may not take longer than ten minutes: setup smoke; test; sanitize; bench; profile.
 # PYTHON=... names another interpreter.
 
 cd "$(dirname "$0")/.." || exit 1
@@ -58,7 +58,7 @@ test_all() {
     workers=""
     "$python" -c "import xdist" 2> /dev/null && workers="-n 8"
     # shellcheck disable=SC2086
-    run test 480 "$python" -m pytest -m gpu -q -W default --maxfail 30 --durations 15 $workers
+    run test 420 "$python" -m pytest -m gpu -q -W default --maxfail 30 --durations 15 $workers
 }
 
 sanitize() {
@@ -66,11 +66,10 @@ sanitize() {
         echo "--- sanitize: no compute-sanitizer on the path"
         return
     fi
+    run every_kernel 150 "$python" tests/cuda/every_kernel.py # compiles
     for tool in memcheck racecheck synccheck; do
-        run "$tool" 120 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-            --target-processes application-only "$python" -m pytest -m gpu -q -W default -x \
-            -p no:cacheprovider -k "every_dtype or gradients_have_the_dtype" \
-            tests/cuda/test_device_arrays.py tests/cuda/test_device_gradients.py
+        run "$tool" 90 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+            --target-processes application-only "$python" tests/cuda/every_kernel.py
     done
 }
 

@@ -73,9 +73,10 @@ def available() -> str | None:
     """Why this backend cannot be used, or None."""
     runtime = cupy.cuda.runtime
     try:
-        if runtime.getDeviceCount() > 0:
+        reasons = [loader.why_not(number) for number in range(runtime.getDeviceCount())]
+        if None in reasons:
             return None
-        reason = "there is no CUDA device"
+        reason = ", ".join(filter(None, reasons)) or "there is no CUDA device"
     except runtime.CUDARuntimeError as error:
         reason = str(error)
     return f"{reason} (CuPy {cupy.__version__}, {_versions()})"
@@ -231,8 +232,9 @@ def info() -> dict[str, object]:
     """The devices, and versions of what runs them."""
     devices = []
     for number in range(cupy.cuda.runtime.getDeviceCount()):
-        capability = cupy.cuda.Device(number).compute_capability
-        multiprocessors = loader.machine(number).multiprocessors
+        device = cupy.cuda.Device(number)
+        capability = device.compute_capability
+        multiprocessors = device.attributes["MultiProcessorCount"]
         devices.append(
             f"compute capability {capability[:-1]}.{capability[-1]}, "
             f"{multiprocessors} multiprocessors"

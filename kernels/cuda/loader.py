@@ -14,7 +14,12 @@ from typing import Any, NamedTuple
 
 import cupy
 
-__all__ = ["Kernel", "Machine", "kernel", "machine", "source"]
+from klfast.errors import BackendUnavailable
+
+__all__ = ["Kernel", "Machine", "kernel", "machine", "source", "why_not"]
+
+#: What a device must be for copies to shared memory that go on by themselves, and conversions.
+CAPABILITY = 80
 
 HEADERS = ("device.cuh", "rows.cuh", "team.cuh", "mathematics.cuh")
 #: Headers that only some kernels need.
@@ -39,9 +44,21 @@ class Machine(NamedTuple):
     clusters: bool  # whether blocks can share their memory
 
 
+def why_not(device: int) -> str | None:
+    """Why a device cannot run the kernels, or None."""
+    capability: str = cupy.cuda.Device(device).compute_capability
+    if int(capability) >= CAPABILITY:
+        return None
+    found = f"{capability[:-1]}.{capability[-1]}"
+    return f"cuda:{device} has compute capability {found}; accepted: 8.0 or later"
+
+
 @functools.cache
 def machine(device: int) -> Machine:
-    """Describe a device."""
+    """Describe a device; BackendUnavailable where it cannot run the kernels."""
+    reason = why_not(device)
+    if reason is not None:
+        raise BackendUnavailable(f"backend 'cuda' cannot be used: {reason}")
     found = cupy.cuda.Device(device)
     attributes = found.attributes
     return Machine(

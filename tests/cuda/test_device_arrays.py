@@ -367,7 +367,14 @@ class TestTensors:
         if not hasattr(device, "launches"):
             if not torch.cuda.is_available():
                 pytest.skip("PyTorch has no CUDA")
-            return lambda x: torch.from_numpy(np.array(x)).cuda()
+
+            def sent(x: Any) -> Any:
+                x = np.array(x)
+                if x.dtype.name == "bfloat16":  # unknown to from_numpy
+                    return torch.from_numpy(x.view(np.uint16)).view(torch.bfloat16).cuda()
+                return torch.from_numpy(x).cuda()
+
+            return sent
         here = torch.device("cuda", 0)
 
         class Tensor(torch.Tensor):  # type: ignore[misc]

@@ -7,6 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import every_kernel
 import numpy as np
 import pytest
 from twin import run_kernel
@@ -202,3 +203,31 @@ def test_why_it_cannot_be_used(
             call()
     assert reason in str(klfast.backends()["cuda"].reason)
     assert klfast.kl_divergence(P, P).tolist() == [0, 0]
+
+
+def test_a_device_that_is_too_old(twin: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(twin.cuda.device, "capability", "75")
+    reason = "cuda:0 has compute capability 7.5; accepted: 8.0 or later"
+    assert reason in str(klfast.backends()["cuda"].reason)
+    x = twin.asarray(P)
+    with pytest.raises(klfast.BackendUnavailable, match=reason):
+        klfast.kl_divergence(x, x)
+    with pytest.raises(klfast.BackendUnavailable, match=reason):
+        klfast.kl_divergence(P, P, backend="cuda")
+    # Beside another one, which can be used.
+    with pytest.raises(klfast.BackendUnavailable, match=reason):
+        loader().machine(0)
+
+
+@pytest.mark.slow
+def test_the_calls_for_tools_that_watch_a_device(
+    twin: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(every_kernel, "shapes", lambda multiprocessors: [(4, 50)])
+    monkeypatch.setattr(every_kernel, "METRICS", ("kl", "js", "nll_q"))
+    monkeypatch.setattr(every_kernel, "GRADIENTS", ("kl",))
+    monkeypatch.setattr(every_kernel, "DTYPES", [("float32", 1)])
+    every_kernel.main()
+    assert capsys.readouterr().out == "done\n"
+    names = {launch.name for launch in twin.launches}
+    assert names == {path.stem for path in KERNELS.glob("*.cu")} - {"offsets", "shards"}
