@@ -413,7 +413,7 @@ class Evaluation:
         Parameters
         ----------
         worst
-            How many rows to list in which the first measure is largest.
+            How many rows to list in which the first measure is largest; 0 lists none.
         bootstrap
             Bootstrap samples for the confidence intervals of the means; 0 makes none. Sequences
             are drawn where they are known, else rows.
@@ -423,6 +423,8 @@ class Evaluation:
             Of the draws: the same seed gives the same intervals.
         """
         resampling = Resampling(bootstrap, level, seed)
+        if worst < 0:
+            raise ValueError(f"worst is {worst}; accepted: 0 or a positive whole number")
         columns, names = self.columns, self.metrics
         valid = np.flatnonzero(~self._has_nan())
         numbers = self.row_numbers[valid]

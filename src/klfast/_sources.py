@@ -54,6 +54,16 @@ class SourceError(ValueError):
     doubtful: tuple[int, int] = (0, 0)
 
 
+class _NoLogitsError(SourceError):
+    """An array of something else."""
+
+
+_SHARDS = (
+    "read as shards, which must be alike; name some of them with a quoted pattern, such as "
+    "'base-*.npy'"
+)
+
+
 @runtime_checkable
 class LogitSource(Protocol):
     """Rows of logits, wherever they come from.
@@ -223,7 +233,7 @@ class ShardedSource:
             if (each.dtype, each.shape[-1]) != (first.dtype, first.shape[-1]):
                 raise SourceError(
                     f"{each.name}: has rows of {each.shape[-1]} {each.dtype}, but {first.name} of "
-                    f"{first.shape[-1]} {first.dtype}; shards must be alike"
+                    f"{first.shape[-1]} {first.dtype}; all files of {name} are {_SHARDS}"
                 )
             if hasattr(each, "targets"):
                 raise SourceError(f"{each.name}: a file of llama.cpp is compared by itself")
@@ -412,11 +422,11 @@ def _checked_dtype(name: str, shape: tuple[int, ...], dtype: Any) -> str:
     try:
         known = dtype_name(dtype, f"{name}:")
     except TypeError as error:
-        raise SourceError(str(error)) from error
+        raise _NoLogitsError(str(error)) from error
     if not shape:
-        raise SourceError(f"{name}: holds a single number; logits must have a vocabulary axis")
+        raise _NoLogitsError(f"{name}: holds a single number; logits must have a vocabulary axis")
     if shape[-1] == 0:
-        raise SourceError(f"{name}: has shape {shape}; the vocabulary is empty")
+        raise _NoLogitsError(f"{name}: has shape {shape}; the vocabulary is empty")
     return known
 
 
@@ -627,6 +637,8 @@ def _open_shards(files: Sequence[Path], name: str, key: str | None) -> LogitSour
     for each in files:
         try:
             entries[str(each)] = open_logits(each, key)
+        except _NoLogitsError as error:  # whole, and nothing that could be lost
+            raise SourceError(f"{error}; all files of {name} are {_SHARDS}") from error
         except SourceError as error:
             entries[str(each)] = error
     return _sharded(entries, name, files)

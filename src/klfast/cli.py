@@ -49,15 +49,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            status = run(options)
-            sys.stdout.flush()  # here, where it is known what to do if nobody reads it
-            return status
+            return run(options)
     except KeyboardInterrupt:
         print("klfast: interrupted; nothing was written", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:
-        # Whoever read our output has gone; Python must not find out again when it flushes.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # whoever read our output has gone
         return FAILED
     except (ValueError, OSError, MemoryError, ImportError, BackendUnavailable) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -150,23 +146,23 @@ def _conclude(options: argparse.Namespace, evaluations: Sequence[Evaluation]) ->
     if options.json is not None:
         _write(options.json, results.content(options.columns))
     if options.markdown is not None:
-        with _named(options.markdown):
-            write_text(options.markdown, results.markdown())
+        write_text(options.markdown, results.markdown())
     if options.parquet is not None:
-        with _named(options.parquet):
-            write_parquet(options.parquet, evaluations)
+        write_parquet(options.parquet, evaluations)
     if options.report is not None:
         from ._html import write_page
 
-        with _named(options.report):
-            write_page(results, options.report, options.vocabulary)
+        write_page(results, options.report, options.vocabulary)
     if options.json != "-":
-        print(results.text())
-    sys.stdout.flush()  # the table before what is said about it
+        _print(results.text())
     violations = results.violated()
     for line in violations:
         print(f"klfast: limit violated: {line}", file=sys.stderr)
-    return VIOLATED if violations else DONE
+    empty = [each.test["name"] for each in evaluations if len(each.nan_rows) == each.rows]
+    for name in empty:
+        reason = "every row has a measure that is NaN; there are no statistics"
+        print(f"klfast: {name}: {reason}", file=sys.stderr)
+    return VIOLATED if violations else FAILED if empty else DONE
 
 
 def _check_compare(options: argparse.Namespace) -> None:
@@ -236,9 +232,9 @@ def _llama_compat(options: argparse.Namespace) -> int:
     base = BaseLogits(options.base)
     for number, test in enumerate(options.tests):
         if len(options.tests) > 1:
-            print(f"{os.linesep if number else ''}{test}")
+            _print(f"{os.linesep if number else ''}{test}")
         for line in statistics(base, as_source(test, "test", options.key)):
-            print(line, flush=True)  # one every few seconds, of long files
+            _print(line)  # one every few seconds, of long files
     return DONE
 
 
@@ -270,9 +266,8 @@ def _convert(options: argparse.Namespace) -> int:
 
     parser: argparse.ArgumentParser = options.parser
     _check_output(parser, "OUT", options.output, (options.source, options.tokens))
-    with _named(options.output):
-        convert(options.source, options.output, key=options.key, tokens=options.tokens,
-                context=options.context, input=options.input)  # fmt: skip
+    convert(options.source, options.output, key=options.key, tokens=options.tokens,
+            context=options.context, input=options.input)  # fmt: skip
     source = open_logits(options.source, options.key)
     if isinstance(source, BaseLogits) and options.output.lower().endswith((".npy", ".safetensors")):
         share = source.at_floor()
@@ -322,8 +317,8 @@ def _bench(options: argparse.Namespace) -> int:
         }
         _write(options.json, content)
     if options.json != "-":
-        print(f"two inputs of {shape}, medians of {options.rounds} rounds taken in turns\n")
-        print(_timing_table(timings))
+        _print(f"two inputs of {shape}, medians of {options.rounds} rounds taken in turns\n")
+        _print(_timing_table(timings))
     return DONE
 
 
@@ -361,9 +356,9 @@ def _info(options: argparse.Namespace) -> int:
         _write(options.json, content)
     if options.json != "-":
         for part, entries in content.items():
-            print(part)
+            _print(part)
             rows = [[f"  {name}", _said(value)] for name, value in entries.items()]
-            print("\n".join(grid(rows, left=2) or ["  cannot be used"]))
+            _print("\n".join(grid(rows, left=2) or ["  cannot be used"]))
     return DONE
 
 
@@ -383,19 +378,30 @@ def _set_threads(count: int) -> None:
 def _write(path: str, content: dict[str, Any]) -> None:
     content = plain_json(content)
     if path == "-":
-        print(json.dumps(content, indent=2, allow_nan=False))
-        return
-    with _named(path):
+        _print(json.dumps(content, indent=2, allow_nan=False))
+    else:
         write_json(path, content)
 
 
-@contextmanager
-def _named(path: str) -> Iterator[None]:
-    """Say which file could not be written."""
+#: What is written for signs of ours that the output stream does not have.
+_PLAIN = {"±": "+-", "Δ": "d"}
+
+
+def _print(text: str) -> None:
+    """Print at once: what comes after it on the error stream is said about it."""
+    for sign, plain in _PLAIN.items():
+        try:
+            sign.encode(sys.stdout.encoding or "utf-8")
+        except UnicodeEncodeError:
+            text = text.replace(sign, plain)
     try:
-        yield
+        print(text, flush=True)
     except OSError as error:
-        raise OSError(f"{path}: cannot be written ({error.strerror or error})") from error
+        # Python must not find out again when it flushes in the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise OSError(f"standard output: cannot be written ({error.strerror})") from error
 
 
 def _check_output(
@@ -583,8 +589,8 @@ def _parser() -> argparse.ArgumentParser:
         help="bootstrap samples for confidence intervals; 0: no intervals (default: 1000)",
     )  # fmt: skip
     statistics.add_argument(
-        "--worst", metavar="N", type=_count, default=5,
-        help="rows to show in which the first measure is largest (default: 5)",
+        "--worst", metavar="N", type=_whole, default=5,
+        help="rows to show in which the first measure is largest; 0: none (default: 5)",
     )  # fmt: skip
     for side, than in (("above", "more"), ("below", "less")):
         statistics.add_argument(
