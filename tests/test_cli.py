@@ -17,7 +17,8 @@ import klfast
 from klfast import _peers
 from klfast._job import evaluate
 from klfast._machine import info
-from klfast.cli import _parser, main
+from klfast._options import parser_of_commands
+from klfast.cli import main
 from klfast.llama_cpp import BaseLogits, statistics
 
 RANDOM = np.random.default_rng(5)
@@ -795,7 +796,7 @@ def test_help_shows_commands_that_can_be_parsed(
     for line in shown:
         words = shlex.split(line)
         assert words[:2] == ["klfast", command]
-        _parser().parse_args(words[1:])
+        parser_of_commands().parse_args(words[1:])
 
 
 def test_errors_of_files_name_the_options_that_mend_them(
