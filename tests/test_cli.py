@@ -611,9 +611,12 @@ def test_signs_that_the_output_stream_has_not(run: Run) -> None:
 
 
 def test_no_worst_rows(run: Run) -> None:
-    status, out, err = run("compare", "base.npy", "test.npy", "--worst", "0", "--markdown", "o.md")
+    status, out, err = run(
+        "compare", "base.npy", "test.npy", "--worst", "0", "--markdown", "o.md", "--report", "page"
+    )
     assert (status, err) == (0, "")
     assert "worst" not in out.lower()
+    assert "<h2>Worst" not in Path("page/index.html").read_text()
     assert "worst" not in Path("o.md").read_text().lower()
     with pytest.raises(ValueError, match="worst is -1; accepted: 0 or a positive whole number"):
         evaluate(BASE, TEST).summary(-1)

@@ -120,6 +120,7 @@ def write_page(
         worst=[
             _worst(evaluation, summary, names, vocabulary)
             for evaluation, summary in zip(results.evaluations, results.summaries, strict=True)
+            if summary.worst_rows
         ],
         facts=_facts(results),
     )

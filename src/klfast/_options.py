@@ -1,4 +1,4 @@
-"""The arguments of the command line: what they may be, and which of them cannot be used together."""
+"""The arguments of the command line: what they may be, and what does not go together."""
 
 from __future__ import annotations
 

@@ -89,6 +89,9 @@ class LogitSource(Protocol):
         """Rows ``start`` to ``stop`` as an array of shape ``(stop - start, V)``."""
 
 
+Logits: TypeAlias = "str | os.PathLike[str] | LogitSource | Any"
+
+
 class ArraySource:
     """Rows of an array that is in memory or memory-mapped: views of it, wherever that is possible.
 
@@ -393,6 +396,24 @@ def open_available(path: str | os.PathLike[str], key: str | None = None) -> Logi
     if isinstance(array, _CompressedArray):
         return CompressedSource(array, name)
     return ArraySource(array, name, file)
+
+
+def as_source(logits: Logits, role: str, key: str | None = None) -> LogitSource:
+    """Logits of any kind as something to read rows from; ``role`` names an array."""
+    if isinstance(logits, (str, os.PathLike)):
+        name = os.fspath(logits)
+        if name.endswith(".json") and not name.endswith(".index.json"):
+            from ._heads import open_description
+
+            return open_description(logits)
+        return open_available(logits, key)
+    if isinstance(logits, LogitSource):
+        return logits
+    if hasattr(logits, "shape") and hasattr(logits, "dtype"):
+        return ArraySource(logits, role)
+    raise TypeError(
+        f"{role} is of type {type(logits).__name__}; accepted: a path, an array, or a LogitSource"
+    )
 
 
 def open_column(path: str | os.PathLike[str], what: str = "targets") -> NDArray[Any]:

@@ -19,12 +19,12 @@ from ._bench import Timing, bench
 from ._columns import write_parquet
 from ._evaluation import Evaluation
 from ._heads import open_head
-from ._job import Job, as_source
+from ._job import Job
 from ._machine import info, machine, versions
 from ._operations import parse_metric
 from ._options import check_compare, check_output, parser_of_commands
 from ._report import Results, grid, write_text
-from ._sources import SourceError, open_logits
+from ._sources import SourceError, as_source, open_logits
 from ._statistics import check_statistic
 from ._terminal import progress_of, say, show_warning, write
 from .errors import BackendUnavailable
