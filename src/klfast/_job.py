@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 
 from ._arrays import FLOATS
 from ._checkpoint import Checkpoint, Part, identity
-from ._evaluation import Evaluation, Rows, measures
+from ._evaluation import Evaluation
 from ._linear import BLOCK_BYTES, BLOCK_ROWS, BLOCK_UNIT, LinearLogits, in_step
+from ._measuring import Rows, measured, measures
 from ._missing import completed
 from ._pairs import NOISE_ROWS, FlooredPair, Pair, Stored, check_floored
 from ._sources import (
@@ -392,9 +393,7 @@ class Job:
     def _columns(self, start: int, blocks: Iterable[Rows], began: float) -> Part:
         part: Part = {}
         for number, rows in enumerate(blocks):
-            evaluation = self._started(number)
-            evaluation.add(rows)
-            columns, noise = evaluation.stored()
+            columns, noise = measured(rows, self.settings)
             part |= {f"{number}/{name}": column for name, column in columns.items()}
             part[f"{number}/noise"] = np.array(noise)
             began, before = time.perf_counter(), began

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from ._arrays import FLOATS
 from ._bench import DEFAULT_BENCH_METRICS
 from ._columns import check_parquet
-from ._evaluation import EVALUATION_METRICS, measures
+from ._measuring import EVALUATION_METRICS, measures
 from ._sources import SUFFIXES
 from ._statistics import Resampling
 from ._tokens import Vocabulary

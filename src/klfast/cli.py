@@ -1,13 +1,15 @@
 """The command ``klfast``: ``compare``, ``convert``, ``bench`` and ``info``.
 
-Exit status: 0, done; 1, the job failed (one line on the error stream says why); 2, bad arguments;
-3, done, and a limit of ``--fail-above`` or ``--fail-below`` was violated; 130, interrupted.
+Exit status: 0, done; 1, the job failed (one line on the error stream says why), or every row of a
+candidate holds NaN; 2, bad arguments; 3, done, and a limit of ``--fail-above`` or ``--fail-below``
+was violated; 130, interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import shlex
 import sys
 import warnings
@@ -141,11 +143,11 @@ def _conclude(options: argparse.Namespace, evaluations: Sequence[Evaluation]) ->
     violations = results.violated()
     for line in violations:
         print(f"klfast: limit violated: {line}", file=sys.stderr)
-    empty = [each.test["name"] for each in evaluations if len(each.nan_rows) == each.rows]
-    for name in empty:
+    unknown = [each.nan_rows == each.rows for each in results.summaries]
+    for evaluation in itertools.compress(evaluations, unknown):
         reason = "every row has a measure that is NaN; there are no statistics"
-        print(f"klfast: {name}: {reason}", file=sys.stderr)
-    return VIOLATED if violations else FAILED if empty else DONE
+        print(f"klfast: {evaluation.test['name']}: {reason}", file=sys.stderr)
+    return VIOLATED if violations else FAILED if any(unknown) else DONE
 
 
 def _both_sides(options: argparse.Namespace) -> tuple[Any, list[Any]]:
