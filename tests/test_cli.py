@@ -17,7 +17,8 @@ import klfast
 from klfast import _peers
 from klfast._job import evaluate
 from klfast._machine import info
-from klfast.cli import _parser, main
+from klfast._options import parser_of_commands
+from klfast.cli import main
 from klfast.llama_cpp import BaseLogits, statistics
 
 RANDOM = np.random.default_rng(5)
@@ -513,6 +514,7 @@ def test_interrupt_leaves_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
         (("compare", "base.npy", "test.npy", "--fail-above", "kl.mean"), "not NAME=X"),
         (("compare", "base.npy", "test.npy", "--fail-above", "kl.mean=x"), "not a number"),
         (("compare", "base.npy", "test.npy", "--fail-above", "kl.men=1"), "nearest is 'kl.me"),
+        (("compare", "base.npy", "test.npy", "--fail-above", "foo=1"), "noise_floor, {kl,rev"),
         (
             ("compare", "base.npy", "test.npy", "--fail-above", "perplexity.ratio=1"),
             "needs targets",
@@ -575,6 +577,76 @@ def test_files_of_nothing(run: Run, name: str, reason: str) -> None:
     status, out, err = run("compare", "base.npy", name)
     assert (status, out, err.count("\n")) == (1, "", 1)
     assert reason in err
+
+
+def test_a_full_disk_is_named_with_its_file(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    status, out, err = run("compare", "base.npy", "test.npy", "--checkpoint", "kept")
+    assert (status, out) == (1, "")
+    assert err == "klfast: kept/job.json: cannot be written (No space left on device)\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has /dev/full")
+@pytest.mark.parametrize("command", ["info", "compare base.npy test.npy"])
+def test_an_output_stream_that_is_full_is_named(run: Run, command: str) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "klfast", *command.split()], stdout=full, stderr=subprocess.PIPE
+        )
+    message = b"klfast: standard output: cannot be written (No space left on device)\n"
+    assert (done.returncode, done.stderr) == (1, message)
+
+
+def test_signs_that_the_output_stream_has_not(run: Run) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "klfast", "compare", "base.npy", "test.npy"],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    (line,) = (each for each in done.stdout.splitlines() if each.startswith("same top token"))
+    assert " % +- " in line
+    assert "\\x" not in done.stdout
+
+
+def test_no_worst_rows(run: Run) -> None:
+    status, out, err = run(
+        "compare", "base.npy", "test.npy", "--worst", "0", "--markdown", "o.md", "--report", "page"
+    )
+    assert (status, err) == (0, "")
+    assert "worst" not in out.lower()
+    assert "<h2>Worst" not in Path("page/index.html").read_text()
+    assert "worst" not in Path("o.md").read_text().lower()
+    with pytest.raises(ValueError, match="worst is -1; accepted: 0 or a positive whole number"):
+        evaluate(BASE, TEST).summary(-1)
+
+
+@pytest.mark.parametrize(("option", "status"), [((), 1), (("--fail-above", "kl.mean=1"), 3)])
+def test_rows_of_nothing_but_nan_do_not_pass(
+    run: Run, option: tuple[str, ...], status: int
+) -> None:
+    """What there is to see is shown, but nothing was found out."""
+    np.save("broken.npy", TEST * np.nan)
+    found, out, err = run("compare", "base.npy", "test.npy", "broken.npy", "--json", "o.json",
+                          *option)  # fmt: skip
+    assert found == status
+    assert "30 rows left out of all statistics" in out
+    message = "klfast: broken.npy: every row has a measure that is NaN; there are no statistics"
+    assert message in err.splitlines()
+    assert json.loads(Path("o.json").read_text())["candidates"][1]["nan_rows"] == list(range(30))
+
+
+@pytest.mark.parametrize("other", [BASE[:, :60], TARGETS])
+def test_a_folder_of_what_does_not_belong_together(run: Run, other: Any) -> None:
+    Path("mixed").mkdir()
+    np.save("mixed/a.npy", BASE)
+    np.save("mixed/b.npy", other)
+    status, _, err = run("compare", "mixed", "test.npy")
+    assert (status, err.count("\n")) == (1, 1)
+    assert err.startswith("klfast: mixed/b.npy: has ")
+    assert "all files of mixed are read as shards" in err
+    assert "name some of them with a quoted pattern, such as 'base-*.npy'" in err
 
 
 def test_one_row_has_no_errors(run: Run) -> None:
@@ -727,7 +799,7 @@ def test_help_shows_commands_that_can_be_parsed(
     for line in shown:
         words = shlex.split(line)
         assert words[:2] == ["klfast", command]
-        _parser().parse_args(words[1:])
+        parser_of_commands().parse_args(words[1:])
 
 
 def test_errors_of_files_name_the_options_that_mend_them(

@@ -15,8 +15,8 @@ from scipy import special
 import klfast
 from klfast import Evaluation, evaluate
 from klfast._columns import write_parquet
-from klfast._evaluation import ALL_METRICS, _largest_entry
 from klfast._heads import open_head
+from klfast._measuring import ALL_METRICS, largest_entry
 from klfast._sources import SourceError
 
 RANDOM = np.random.default_rng(3)
@@ -444,7 +444,7 @@ def test_largest_entry_is_the_first_of_equal_ones(dtype: str) -> None:
     kind = np.dtype(pytest.importorskip("ml_dtypes").bfloat16 if dtype == "bfloat16" else dtype)
     for _ in range(200):
         values = RANDOM.choice([-np.inf, -3.5, -1.0, -1e-6, -0.0, 0.0, 1e-6, 2.0, 300.0], 4)
-        assert _largest_entry(values.astype(kind)) == values.astype(kind).astype("f4").argmax()
+        assert largest_entry(values.astype(kind)) == values.astype(kind).astype("f4").argmax()
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

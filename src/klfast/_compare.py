@@ -104,9 +104,7 @@ def compare(
     is out of range, and ValueError with the nearest name for an unknown metric.
     """
     if hasattr(p, "read") or hasattr(q, "read"):
-        from ._job import compare_sources
-
-        return compare_sources(p, q, metrics, targets, options)
+        return _compare_sources(p, q, metrics, targets, options)
     if metrics is None:
         metrics = DEFAULT_METRICS + (() if targets is None else TARGET_METRICS)
     names = tuple(dict.fromkeys((metrics,) if isinstance(metrics, str) else metrics))
@@ -146,3 +144,47 @@ def compare(
         batch.p.width,
         settings.reduction,
     )
+
+
+def _compare_sources(
+    p: Any, q: Any, metrics: str | Sequence[str] | None, targets: Any, options: Mapping[str, Any]
+) -> Comparison:
+    """The same of sources, which are read in blocks."""
+    from ._job import Job
+    from ._sources import as_source
+
+    settings = check_options("compare", options, CompareOptions)
+    if settings.axis != -1:
+        raise ValueError(f"axis is {settings.axis}; accepted, of a LogitSource: -1")
+    if metrics is None:
+        metrics = DEFAULT_METRICS + (() if targets is None else TARGET_METRICS)
+    where = None if settings.where is None else np.asarray(settings.where)
+    base, test = as_source(p, "p"), as_source(q, "q")
+    lead = base.shape[:-1]
+    if where is not None and (where.dtype != np.bool_ or where.shape != lead):
+        raise ValueError(
+            f"where has shape {where.shape} and dtype {where.dtype}; accepted: boolean, {lead}"
+        )
+    keep = None if where is None else where.reshape(-1)
+    same = ("temperature", "input", "vocab_size", "backend")
+    known = {name: getattr(settings, name) for name in same}
+    (evaluation,) = Job(base, [test], targets, where=keep, metrics=metrics, **known).run()
+    kept, _ = evaluation.stored()
+    asked = (metrics,) if isinstance(metrics, str) else metrics
+    dtype = np.dtype(settings.dtype or ("f8" if "float64" in (base.dtype, test.dtype) else "f4"))
+    found: dict[str, Any] = {}
+    for name in dict.fromkeys(asked):
+        values: Any = kept[name]
+        if parse_metric(name)[0].logarithmic:
+            values = values / settings.unit
+        if settings.reduction == "none":
+            rows = np.full(math.prod(lead), np.nan)
+            rows[slice(None) if keep is None else keep] = values
+            values = rows.reshape(lead)
+        elif settings.reduction == "sum":
+            values = values.sum()
+        else:
+            values = values.sum() / len(values) if len(values) else np.float64(np.nan)
+        found[name] = values.astype(dtype)
+    width = settings.vocab_size or base.shape[-1]
+    return Comparison(found, lead, width, settings.reduction)

@@ -6,14 +6,14 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ._arrays import place_of
 from ._columns import decode, encode, write_parquet
-from ._operations import DEFAULT_METRICS, OPERATIONS, TARGET_METRICS, parse_metric
+from ._measuring import Rows, compares, is_similarity, measured, measures, on_host, rounded
 from ._pairs import NOISE_ROWS, Block
 from ._statistics import (
     Difference,
@@ -28,34 +28,8 @@ from ._statistics import (
     positions_of,
 )
 
-#: What an evaluation makes if nothing else is asked for: top_p is the base model's confidence.
-EVALUATION_METRICS = (*DEFAULT_METRICS, "top_p")
-#: What the metric "all" stands for.
-ALL_METRICS = (
-    "kl", "reverse_kl", "js", "renyi:0.5", "renyi:2", "tv", "hellinger2", "entropy_p", "entropy_q",
-    "same_top", "topk_overlap:5", "top_p",
-)  # fmt: skip
-
-# Numbers of explicit mantissa bits, and the smallest exponent of a normal number.
-_SIXTEEN_BITS = {"float16": (10, -14), "bfloat16": (7, -126)}
 _FORMAT = {"format": "klfast evaluation", "version": 1}
 _BOOKKEEPING = ("target", "sequence", "row", "position", "flip")
-
-
-class Rows(NamedTuple):
-    """A batch of rows of both models, of shape (..., V), and what is known of them.
-
-    Everything else has one entry a row: of shape (...) what goes to `klfast.compare` (targets and
-    where), and flat what does not.
-    """
-
-    block: Block
-    targets: Any = None
-    where: Any = None
-    sequences: NDArray[np.int64] | None = None
-    numbers: NDArray[np.int64] | None = None  # where rows of a file are left out: which each is,
-    positions: NDArray[np.int64] | None = None  # and how many rows of its sequence are before it
-    noise_at: Sequence[int] = ()  # rows of which to estimate the effect of rounding to 16 bits
 
 
 class Evaluation:
@@ -200,63 +174,6 @@ class Evaluation:
         _describe(self.base, other.base)
         _describe(self.test, other.test)
 
-    def add(self, rows: Rows) -> None:
-        """Measure a batch of rows and keep the values."""
-        import klfast
-
-        block = rows.block._replace(p=_plain(rows.block.p), q=_plain(rows.block.q))
-        rows = rows._replace(targets=_plain(rows.targets), where=_plain(rows.where))
-        with_targets = rows.targets is not None
-        labels = "numbered by update" if self._numbered else "given"
-        known = {
-            "targets": "given" if with_targets else "absent",
-            "sequences": "absent" if rows.sequences is None else labels,
-        }
-        self._check_known(known)
-        names = measures(self._metrics, with_targets)
-        asked = names
-        options = self._options
-        if block.nll is not None:
-            asked = tuple(name for name in asked if name not in TARGET_METRICS)
-        if block.tops is not None:
-            asked = tuple(name for name in asked if name != "same_top")
-        if block.input is not None:
-            options = {**options, "input": block.input}
-        values: dict[str, NDArray[Any]] = {}
-        if asked:
-            result = klfast.compare(
-                block.p, block.q, asked,
-                targets=None if block.nll is not None else rows.targets,
-                where=rows.where,
-                dtype=np.float64,
-                **options,
-            )  # fmt: skip
-            values = {name: _on_host(result[name]) for name in asked}
-        if block.nll is not None:
-            nll_p, nll_q = (np.asarray(each, np.float64) for each in block.nll)
-            change = np.exp(-nll_q) - np.exp(-nll_p)
-            values |= {"nll_p": nll_p, "nll_q": nll_q, "delta_prob": change}
-        if block.tops is not None:
-            p, q = block.tops
-            values["same_top"] = np.where((p < 0) | (q < 0), np.nan, p == q)
-        columns: dict[str, NDArray[Any]] = {name: values[name] for name in names}
-        for name, each in (block.extra or {}).items():
-            columns[name] = np.asarray(each, np.float64)
-        if with_targets:
-            columns["target"] = _on_host(rows.targets).astype(np.int64)
-            if "same_top" in names:
-                columns["flip"] = self._flips(block, values["same_top"], columns["target"])
-        if rows.sequences is not None:
-            columns["sequence"] = rows.sequences
-        if rows.numbers is not None:
-            columns["row"] = rows.numbers
-        if rows.positions is not None:
-            columns["position"] = rows.positions
-        if rows.where is not None:
-            keep = _on_host(rows.where)
-            columns = {name: column[keep] for name, column in columns.items()}
-        self.keep(known, columns, [self._rounding(block, row) for row in rows.noise_at])
-
     def keep(
         self, known: Mapping[str, str], columns: Mapping[str, NDArray[Any]], noise: Sequence[float]
     ) -> None:
@@ -281,7 +198,7 @@ class Evaluation:
         count = math.prod(lead)
         labels = None
         if sequences is not None:
-            labels = _on_host(sequences)
+            labels = on_host(sequences)
             if labels.size != count or not np.issubdtype(labels.dtype, np.integer):
                 raise ValueError(
                     f"sequences has {labels.size} entries of {labels.dtype}; accepted: integers "
@@ -291,17 +208,19 @@ class Evaluation:
         numbered = count // lead[-1] if sequences is None and len(lead) > 1 and count else 0
         if numbered:
             labels = np.repeat(np.arange(numbered), lead[-1]) + self._numbered
-        self._numbered += numbered
-        keep = np.ones(count, np.bool_) if where is None else _on_host(where)
+        keep = np.ones(count, np.bool_) if where is None else on_host(where)
         first = np.flatnonzero(keep)[:1].tolist()
-        noisy = _rounded(base) or _rounded(test)
+        noisy = rounded(base) or rounded(test)
         rows = Rows(Block(base, test), targets, where, labels,
                     noise_at=first if noisy and len(self._noise) < NOISE_ROWS else [])  # fmt: skip
-        try:
-            self.add(rows)
-        except BaseException:
-            self._numbered -= numbered
-            raise
+        known = {
+            "targets": "absent" if targets is None else "given",
+            "sequences": "absent" if labels is None
+            else "numbered by update" if self._numbered + numbered else "given",
+        }  # fmt: skip
+        self._check_known(known)
+        self.keep(known, *measured(rows, self._settings()))
+        self._numbered += numbered
         width = int(base.shape[-1])
         for mine, array in ((self.base, base), (self.test, test)):
             given = {"shape": [len(keep), width], "dtype": str(array.dtype).removeprefix("torch.")}
@@ -313,7 +232,7 @@ class Evaluation:
         from ._job import Job
 
         targets, where, sequences = (
-            None if each is None else _on_host(each) for each in (targets, where, sequences)
+            None if each is None else on_host(each) for each in (targets, where, sequences)
         )
         job = Job(
             base, [test], targets, sequences=sequences, where=where, metrics=self._metrics,
@@ -413,7 +332,7 @@ class Evaluation:
         Parameters
         ----------
         worst
-            How many rows to list in which the first measure is largest.
+            How many rows to list in which the first measure is largest; 0 lists none.
         bootstrap
             Bootstrap samples for the confidence intervals of the means; 0 makes none. Sequences
             are drawn where they are known, else rows.
@@ -423,6 +342,8 @@ class Evaluation:
             Of the draws: the same seed gives the same intervals.
         """
         resampling = Resampling(bootstrap, level, seed)
+        if worst < 0:
+            raise ValueError(f"worst is {worst}; accepted: 0 or a positive whole number")
         columns, names = self.columns, self.metrics
         valid = np.flatnonzero(~self._has_nan())
         numbers = self.row_numbers[valid]
@@ -611,61 +532,6 @@ class Evaluation:
                 f"{', '.join(self._columns)}; accepted: the same for all"
             )
 
-    def _flips(
-        self, block: Block, same_top: NDArray[np.float64], targets: NDArray[np.int64]
-    ) -> NDArray[np.int8]:
-        """The kind of flip of each row: only of those that flip the largest entry is looked up."""
-        kinds = np.zeros(len(same_top), np.int8)
-        for row in np.flatnonzero(same_top == 0):
-            tops = [each[row] for each in block.tops or ()] or [
-                _largest_entry(_row(x, int(row))[: self._options["vocab_size"]])
-                for x in (block.p, block.q)
-            ]
-            right = [top == targets[row] for top in tops]
-            kinds[row] = 1 if right[0] else 2 if right[1] else 3
-        return kinds
-
-    def _rounding(self, block: Block, row: int) -> float:
-        """Expected KL from the rounding of one row to 16 bits, on both sides."""
-        temperature = self._options["temperature"]
-        pair = temperature if isinstance(temperature, tuple) else (temperature, temperature)
-        if self._options["input"] != "logits" or block.input is not None:
-            return math.nan
-        width = self._options["vocab_size"]
-        return sum(
-            _rounding_noise(_row(x, row)[:width], float(t))
-            for x, t in zip((block.p, block.q), pair, strict=True)
-            if _rounded(x)
-        )
-
-
-def compares(metric: str) -> bool:
-    """Whether a measure says how far two rows are from each other."""
-    operation = OPERATIONS.get(metric.partition(":")[0])
-    compares = operation is not None and operation.arity == 2 and not operation.tokens
-    return compares and metric != "cross_entropy"
-
-
-def is_similarity(metric: str) -> bool:
-    """Whether a measure is the larger, the closer two rows are."""
-    return metric.partition(":")[0] in ("same_top", "topk_overlap")
-
-
-def measures(metrics: str | Sequence[str] | None, with_targets: bool) -> tuple[str, ...]:
-    """Names of the measures an evaluation makes; ValueError for one it cannot make."""
-    asked = (metrics,) if isinstance(metrics, str) else metrics
-    names = EVALUATION_METRICS if asked is None else tuple(asked)
-    if not names:
-        raise ValueError("metrics is empty; accepted: at least one measure")
-    names = tuple(
-        each for name in names for each in (ALL_METRICS if name == "all" else (name,))
-    )  # fmt: skip
-    for name in names:
-        operation, _ = parse_metric(name)
-        if operation.tokens and not with_targets:
-            raise ValueError(f"metric {name!r} needs targets")
-    return tuple(dict.fromkeys(names + (TARGET_METRICS if with_targets else ())))
-
 
 def _describe(mine: dict[str, Any], other: Mapping[str, Any]) -> None:
     """Join what is known of more rows to the description of a side."""
@@ -679,58 +545,6 @@ def _describe(mine: dict[str, Any], other: Mapping[str, Any]) -> None:
 def _rows_given(side: Mapping[str, Any]) -> int:
     """How many rows a side has, those that were left out included."""
     return math.prod(side["shape"][:-1]) if side["shape"] else 0
-
-
-def _plain(array: Any) -> Any:
-    """An array of JAX as one of NumPy, in the same memory: JAX has no float64 unless asked to."""
-    return np.asarray(array) if type(array).__module__.startswith("jax") else array
-
-
-def _on_host(array: Any) -> NDArray[Any]:
-    """One value a row as a flat NumPy array, wherever it is."""
-    if hasattr(array, "detach"):
-        array = array.detach().cpu()
-    elif hasattr(array, "get"):
-        array = array.get()
-    return np.asarray(array).reshape(-1)
-
-
-def _row(logits: Any, number: int) -> Any:
-    """One row of logits of shape (..., V), as a view."""
-    lead = tuple(logits.shape[:-1])
-    return logits[tuple(int(i) for i in np.unravel_index(number, lead))] if lead else logits
-
-
-def _largest_entry(row: Any) -> int:
-    """Index of the largest entry, the first of equal ones."""
-    if isinstance(row, np.ndarray) and row.itemsize == 2:
-        # As integers of the same order, 16 bits are found twenty times as fast.
-        bits = row.view(np.int16)
-        row = bits ^ ((bits >> 15) & 0x7FFF)
-        row[row == -1] = 0  # a negative zero
-    return int(row.argmax())
-
-
-def _rounded(logits: Any) -> bool:
-    return str(logits.dtype).rpartition(".")[2] in _SIXTEEN_BITS
-
-
-def _rounding_noise(row: Any, temperature: float) -> float:
-    """Expected KL between a row and itself before it was rounded to 16 bits.
-
-    Rounding errors e are independent, with the variance of a uniform one, step^2 / 12. To second
-    order KL is half the variance of e under p, of which 1/2 sum p (1 - p) step^2 / 12 is the mean.
-    """
-    bits, least = _SIXTEEN_BITS[str(row.dtype).rpartition(".")[2]]
-    wide = row.double() if hasattr(row, "double") else row.astype(np.float64)
-    x = _on_host(wide)
-    if not (np.isfinite(x) | (x == -np.inf)).all() or x.max() == -np.inf:
-        return math.nan
-    p = np.exp((x - x.max()) / temperature)
-    p /= p.sum()
-    _, exponent = np.frexp(np.where(p > 0, x, 0.0))
-    step = np.ldexp(1.0, np.maximum(exponent - 1, least) - bits) / temperature
-    return float((p * (1 - p) * step**2).sum() / 24)
 
 
 def _largest(values: NDArray[np.float64], count: int) -> NDArray[np.int64]:

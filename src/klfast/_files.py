@@ -10,7 +10,10 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Lend a temporary name beside ``path``; on success the file is synced and renamed to it."""
+    """Lend a temporary name beside ``path``; on success the file is synced and renamed to it.
+
+    An OSError says which file could not be written.
+    """
     target = Path(path).resolve()
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
@@ -18,6 +21,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(target)
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written ({error.strerror or error})") from error
     finally:
         with suppress(FileNotFoundError):
             temporary.unlink()

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from . import _figures
-from ._evaluation import Evaluation, compares, is_similarity
+from ._evaluation import Evaluation
 from ._files import replacing
 from ._machine import machine, versions
+from ._measuring import compares, is_similarity
 from ._report import Results, content, heading, tables, warnings, worst_cells, write_text
 from ._statistics import Summary
 from ._tokens import Vocabulary
@@ -120,6 +121,7 @@ def write_page(
         worst=[
             _worst(evaluation, summary, names, vocabulary)
             for evaluation, summary in zip(results.evaluations, results.summaries, strict=True)
+            if summary.worst_rows
         ],
         facts=_facts(results),
     )

@@ -8,7 +8,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypedDict, Unpack, overload
@@ -16,29 +16,26 @@ from typing import Any, Literal, TypeAlias, TypedDict, Unpack, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from ._arguments import CompareOptions, check_options
 from ._arrays import FLOATS
 from ._checkpoint import Checkpoint, Part, identity
-from ._compare import Comparison
-from ._evaluation import Evaluation, Rows, measures
-from ._heads import open_description
+from ._evaluation import Evaluation
 from ._linear import BLOCK_BYTES, BLOCK_ROWS, BLOCK_UNIT, LinearLogits, in_step
+from ._measuring import Rows, measured, measures
 from ._missing import completed
-from ._operations import DEFAULT_METRICS, TARGET_METRICS, parse_metric
 from ._pairs import NOISE_ROWS, FlooredPair, Pair, Stored, check_floored
 from ._sources import (
     ArraySource,
+    Logits,
     LogitSource,
     ShardedSource,
     SourceError,
+    as_source,
     check_column,
-    open_available,
     open_column,
 )
 from ._statistics import positions_of
 from .llama_cpp import BaseLogits, check_same_text
 
-Logits: TypeAlias = "str | os.PathLike[str] | LogitSource | Any"
 Progress: TypeAlias = Callable[[int, int], None]
 #: What was read of both sides of a pair.
 Read: TypeAlias = "tuple[Any, Any]"
@@ -396,9 +393,7 @@ class Job:
     def _columns(self, start: int, blocks: Iterable[Rows], began: float) -> Part:
         part: Part = {}
         for number, rows in enumerate(blocks):
-            evaluation = self._started(number)
-            evaluation.add(rows)
-            columns, noise = evaluation.stored()
+            columns, noise = measured(rows, self.settings)
             part |= {f"{number}/{name}": column for name, column in columns.items()}
             part[f"{number}/noise"] = np.array(noise)
             began, before = time.perf_counter(), began
@@ -572,63 +567,6 @@ def evaluate(
     running = {name: asked.pop(name) for name in RunOptions.__annotations__ if name in asked}
     found = Job(base, test if several else [test], targets, **asked).run(**running)
     return found if several else found[0]
-
-
-def compare_sources(
-    p: Any, q: Any, metrics: str | Sequence[str] | None, targets: Any, options: Mapping[str, Any]
-) -> Comparison:
-    """What `klfast.compare` does, of sources."""
-    settings = check_options("compare", options, CompareOptions)
-    if settings.axis != -1:
-        raise ValueError(f"axis is {settings.axis}; accepted, of a LogitSource: -1")
-    if metrics is None:
-        metrics = DEFAULT_METRICS + (() if targets is None else TARGET_METRICS)
-    where = None if settings.where is None else np.asarray(settings.where)
-    base, test = as_source(p, "p"), as_source(q, "q")
-    lead = base.shape[:-1]
-    if where is not None and (where.dtype != np.bool_ or where.shape != lead):
-        raise ValueError(
-            f"where has shape {where.shape} and dtype {where.dtype}; accepted: boolean, {lead}"
-        )
-    keep = None if where is None else where.reshape(-1)
-    same = ("temperature", "input", "vocab_size", "backend")
-    known = {name: getattr(settings, name) for name in same}
-    (evaluation,) = Job(base, [test], targets, where=keep, metrics=metrics, **known).run()
-    kept, _ = evaluation.stored()
-    asked = (metrics,) if isinstance(metrics, str) else metrics
-    dtype = np.dtype(settings.dtype or ("f8" if "float64" in (base.dtype, test.dtype) else "f4"))
-    found: dict[str, Any] = {}
-    for name in dict.fromkeys(asked):
-        values: Any = kept[name]
-        if parse_metric(name)[0].logarithmic:
-            values = values / settings.unit
-        if settings.reduction == "none":
-            rows = np.full(math.prod(lead), np.nan)
-            rows[slice(None) if keep is None else keep] = values
-            values = rows.reshape(lead)
-        elif settings.reduction == "sum":
-            values = values.sum()
-        else:
-            values = values.sum() / len(values) if len(values) else np.float64(np.nan)
-        found[name] = values.astype(dtype)
-    width = settings.vocab_size or base.shape[-1]
-    return Comparison(found, lead, width, settings.reduction)
-
-
-def as_source(logits: Logits, role: str, key: str | None = None) -> LogitSource:
-    """Logits of any kind as something to read rows from; ``role`` names an array."""
-    if isinstance(logits, (str, os.PathLike)):
-        name = os.fspath(logits)
-        if name.endswith(".json") and not name.endswith(".index.json"):
-            return open_description(logits)
-        return open_available(logits, key)
-    if isinstance(logits, LogitSource):
-        return logits
-    if hasattr(logits, "shape") and hasattr(logits, "dtype"):
-        return ArraySource(logits, role)
-    raise TypeError(
-        f"{role} is of type {type(logits).__name__}; accepted: a path, an array, or a LogitSource"
-    )
 
 
 class _Shared:

@@ -52,7 +52,7 @@ class Results:
         below: Mapping[str, float] | None = None,
     ) -> Results:
         """Summarize, compare the candidates by pairs, and hold them against limits."""
-        from ._evaluation import compares
+        from ._measuring import compares
 
         summaries = [each.summary(worst, bootstrap=bootstrap) for each in evaluations]
         differences = [

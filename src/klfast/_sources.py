@@ -54,6 +54,16 @@ class SourceError(ValueError):
     doubtful: tuple[int, int] = (0, 0)
 
 
+class _NoLogitsError(SourceError):
+    """An array of something else."""
+
+
+_SHARDS = (
+    "read as shards, which must be alike; name some of them with a quoted pattern, such as "
+    "'base-*.npy'"
+)
+
+
 @runtime_checkable
 class LogitSource(Protocol):
     """Rows of logits, wherever they come from.
@@ -77,6 +87,9 @@ class LogitSource(Protocol):
 
     def read(self, start: int, stop: int) -> Any:
         """Rows ``start`` to ``stop`` as an array of shape ``(stop - start, V)``."""
+
+
+Logits: TypeAlias = "str | os.PathLike[str] | LogitSource | Any"
 
 
 class ArraySource:
@@ -223,7 +236,7 @@ class ShardedSource:
             if (each.dtype, each.shape[-1]) != (first.dtype, first.shape[-1]):
                 raise SourceError(
                     f"{each.name}: has rows of {each.shape[-1]} {each.dtype}, but {first.name} of "
-                    f"{first.shape[-1]} {first.dtype}; shards must be alike"
+                    f"{first.shape[-1]} {first.dtype}; all files of {name} are {_SHARDS}"
                 )
             if hasattr(each, "targets"):
                 raise SourceError(f"{each.name}: a file of llama.cpp is compared by itself")
@@ -385,6 +398,24 @@ def open_available(path: str | os.PathLike[str], key: str | None = None) -> Logi
     return ArraySource(array, name, file)
 
 
+def as_source(logits: Logits, role: str, key: str | None = None) -> LogitSource:
+    """Logits of any kind as something to read rows from; ``role`` names an array."""
+    if isinstance(logits, (str, os.PathLike)):
+        name = os.fspath(logits)
+        if name.endswith(".json") and not name.endswith(".index.json"):
+            from ._heads import open_description
+
+            return open_description(logits)
+        return open_available(logits, key)
+    if isinstance(logits, LogitSource):
+        return logits
+    if hasattr(logits, "shape") and hasattr(logits, "dtype"):
+        return ArraySource(logits, role)
+    raise TypeError(
+        f"{role} is of type {type(logits).__name__}; accepted: a path, an array, or a LogitSource"
+    )
+
+
 def open_column(path: str | os.PathLike[str], what: str = "targets") -> NDArray[Any]:
     """What a file has of each row; the array must be the file's only one or have this name.
 
@@ -412,11 +443,11 @@ def _checked_dtype(name: str, shape: tuple[int, ...], dtype: Any) -> str:
     try:
         known = dtype_name(dtype, f"{name}:")
     except TypeError as error:
-        raise SourceError(str(error)) from error
+        raise _NoLogitsError(str(error)) from error
     if not shape:
-        raise SourceError(f"{name}: holds a single number; logits must have a vocabulary axis")
+        raise _NoLogitsError(f"{name}: holds a single number; logits must have a vocabulary axis")
     if shape[-1] == 0:
-        raise SourceError(f"{name}: has shape {shape}; the vocabulary is empty")
+        raise _NoLogitsError(f"{name}: has shape {shape}; the vocabulary is empty")
     return known
 
 
@@ -627,6 +658,8 @@ def _open_shards(files: Sequence[Path], name: str, key: str | None) -> LogitSour
     for each in files:
         try:
             entries[str(each)] = open_logits(each, key)
+        except _NoLogitsError as error:  # whole, and nothing that could be lost
+            raise SourceError(f"{error}; all files of {name} are {_SHARDS}") from error
         except SourceError as error:
             entries[str(each)] = error
     return _sharded(entries, name, files)

@@ -328,23 +328,23 @@ def plain_json(value: Any) -> Any:
 
 def check_statistic(name: str, names: Sequence[str]) -> None:
     """Raise ValueError unless an evaluation of ``names`` has the statistic ``name``."""
-    parts: dict[str, Any] = dict.fromkeys(names, Statistics)
+    parts: list[tuple[Sequence[str], Any]] = [(names, Statistics)]
     if "nll_p" in names and "nll_q" in names:
-        parts["perplexity"] = Perplexity
-    if "same_top" in names:
-        parts["flips"] = Flips
-    known = [f"{part}.{one.name}" for part, owner in parts.items() for one in fields(owner)]
-    known += ["nan_rows", "noise_floor"]
-    part = name.partition(".")[0]
-    if part in ("perplexity", *TARGET_METRICS) and part not in parts:
+        parts.append((["perplexity"], Perplexity))
+    elif name.partition(".")[0] in ("perplexity", *TARGET_METRICS):
         raise ValueError(f"statistic {name!r} needs targets, and there are none")
+    if "same_top" in names:
+        parts.append((["flips"], Flips))
+    known, shown = ["nan_rows", "noise_floor"], ["nan_rows", "noise_floor"]
+    for owners, kind in parts:
+        own = [each.name for each in fields(kind)]
+        known += [f"{owner}.{each}" for owner in owners for each in own]
+        shown.append(f"{{{','.join(owners)}}}.{{{','.join(own)}}}")
     if name not in known:
-        near = (
-            [f"{name}.mean"]
-            if f"{name}.mean" in known
-            else difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-        )
-        raise ValueError(f"no statistic is named {name!r}; the nearest is {near[0]!r}")
+        mean = f"{name}.mean"
+        near = [mean] if mean in known else difflib.get_close_matches(name, known, n=1)
+        hint = f"the nearest is {near[0]!r}" if near else f"accepted: {', '.join(shown)}"
+        raise ValueError(f"no statistic is named {name!r}; {hint}")
 
 
 def by_confidence(values: Values, top_p: Values) -> tuple[Bucket, ...]:
