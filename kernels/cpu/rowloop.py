@@ -11,7 +11,10 @@ from .mathematics import inline, outline
 from .simd import (
     ITEMSIZE,
     LANES32,
+    LANES32W,
+    any_order_loader,
     f32v,
+    f32w,
     first,
     first_lane,
     hany,
@@ -20,6 +23,7 @@ from .simd import (
     peek_i64,
     prefetch,
     splat32,
+    splat32w,
     tail_loader,
     vmax,
 )
@@ -46,7 +50,7 @@ STATISTICS = 5
 UNDERFLOW = 1e-30
 
 #: Unrolling for the passes that only look for a maximum.
-WIDE = 4 * LANES32
+WIDE = 4 * LANES32W
 
 
 @inline
@@ -95,13 +99,13 @@ def passes(dtype):
     ``tile_max(row, start, stop)`` gives the maximum of the entries [start, stop), NaN
     ignored; ``find(row, start, stop, value)`` the index of the first entry equal to value.
     """
-    load = loader(dtype, f32v)
+    load = any_order_loader(dtype, f32w)
     load_tail = tail_loader(dtype, f32v)
     size = ITEMSIZE[dtype]
 
     @inline
     def tile_max(row, start, stop):
-        m0 = splat32(-float("inf"))
+        m0 = splat32w(-float("inf"))
         m1 = m0
         m2 = m0
         m3 = m0
@@ -109,14 +113,18 @@ def passes(dtype):
         while j + WIDE <= stop:
             at = row + j * size
             m0 = vmax(load(at), m0)
-            m1 = vmax(load(at + LANES32 * size), m1)
-            m2 = vmax(load(at + 2 * LANES32 * size), m2)
-            m3 = vmax(load(at + 3 * LANES32 * size), m3)
+            m1 = vmax(load(at + LANES32W * size), m1)
+            m2 = vmax(load(at + 2 * LANES32W * size), m2)
+            m3 = vmax(load(at + 3 * LANES32W * size), m3)
             j += WIDE
+        while j + LANES32W <= stop:
+            m0 = vmax(load(row + j * size), m0)
+            j += LANES32W
+        rest = splat32(-float("inf"))
         while j < stop:
-            m0 = vmax(load_tail(row + j * size, stop - j), m0)
+            rest = vmax(load_tail(row + j * size, stop - j), rest)
             j += LANES32
-        return hmax(vmax(vmax(m0, m1), vmax(m2, m3)))
+        return max(hmax(vmax(vmax(m0, m1), vmax(m2, m3))), hmax(rest))
 
     @inline
     def find(row, start, stop, value):

@@ -603,13 +603,47 @@ def _widen(builder, loaded, dtype, ty):
 @functools.cache
 def loader(dtype, ty):
     """An intrinsic ``load(address)`` of one vector of ``dtype``, widened to ``ty``."""
-    memory = ir.VectorType(_STORED[dtype], ty.lanes)
+    memory = ir.VectorType(_STORED[dtype], LANES32 if ty == f32w else ty.lanes)
 
     @intrinsic
     def load(typingctx, address):
         def codegen(context, builder, sig, args):
             pointer = builder.inttoptr(args[0], memory.as_pointer())
-            return _widen(builder, builder.load(pointer, align=ITEMSIZE[dtype]), dtype, ty)
+
+            def part(i, to):
+                place = builder.gep(pointer, [ir.IntType(32)(i)])
+                return _widen(builder, builder.load(place, align=ITEMSIZE[dtype]), dtype, to)
+
+            if ty.lanes == memory.count:
+                return part(0, ty)
+            # By register: halves of one that holds both would have to be taken out of it.
+            return _joined(builder, part(0, f32v), part(1, f32v))
+
+        return ty(address), codegen
+
+    return load
+
+
+@functools.cache
+def any_order_loader(dtype, ty):
+    """``loader``, for sums and maxima: the lanes may change places, the same way for every address.
+
+    Those of bfloat16 do, entries of even number before those of odd: a shift and a mask take the
+    two apart, where bringing each to the lane of its number would take a shuffle as well.
+    """
+    if dtype != "bfloat16":
+        return loader(dtype, ty)
+    half = ty.lanes // 2
+    pairs = ir.VectorType(ir.IntType(32), half)
+
+    @intrinsic
+    def load(typingctx, address):
+        def codegen(context, builder, sig, args):
+            pointer = builder.inttoptr(args[0], pairs.as_pointer())
+            loaded = builder.load(pointer, align=ITEMSIZE[dtype])
+            low = builder.shl(loaded, ir.Constant(pairs, [16] * half))
+            high = builder.and_(loaded, ir.Constant(pairs, [0xFFFF0000] * half))
+            return builder.bitcast(_joined(builder, low, high), ty.llvm)
 
         return ty(address), codegen
 
