@@ -78,13 +78,13 @@ from .rowloop import (
 from .simd import (
     ITEMSIZE,
     LANES32,
-    LANES32W,
     any_order_loader,
     f32v,
     f32w,
     fetch_add,
     fma,
     fold64,
+    halves_sum32,
     hany,
     hmax,
     hsum,
@@ -114,9 +114,6 @@ CANCELLATION = 8.0
 
 #: From here on, errors of a few 1e-7 in a result are beside it; and of 1e-7, as ``exactly`` has.
 APART, APART_EXACTLY = 1.0, 0.25
-
-#: Entries of a near block: as many additions in a lane as in a BLOCK of narrower vectors.
-NEAR_BLOCK = BLOCK * LANES32W // LANES32
 
 #: An entry so far below all others that its exponential is 0.
 NO_MASS = -1e30
@@ -344,10 +341,14 @@ def reader(operation, dtype_p, dtype_q, exactly):
     moved, under, _, step, near_step, _, _ = arithmetic(operation, exactly)
     load_p, load_q = loader(dtype_p, f32v), loader(dtype_q, f32v)
     tail_p, tail_q = tail_loader(dtype_p, f32v), tail_loader(dtype_q, f32v)
-    # Lanes that are in the same order in both.
-    any_order = any_order_loader if dtype_p == dtype_q else loader
-    wide_p, wide_q = any_order(dtype_p, f32w), any_order(dtype_q, f32w)
-    wide_tail_p, wide_tail_q = tail_loader(dtype_p, f32w), tail_loader(dtype_q, f32w)
+    # Vectors of near blocks: what may come in any order, as long as it is the same in both rows.
+    alike = dtype_p == dtype_q == "bfloat16"
+    vector = f32w if alike else f32v
+    any_order = any_order_loader if alike else loader
+    lanes = vector.lanes
+    splat = splat32w if alike else splat32
+    near_p, near_q = any_order(dtype_p, vector), any_order(dtype_q, vector)
+    near_tail_p, near_tail_q = tail_loader(dtype_p, vector), tail_loader(dtype_q, vector)
     entry_p, entry_q = entry(dtype_p), entry(dtype_q)
     ahead_p, ahead_q = ahead(dtype_p), ahead(dtype_q)
     max_p, find_p = passes(dtype_p)
@@ -357,41 +358,38 @@ def reader(operation, dtype_p, dtype_q, exactly):
     @inline
     def near_block(x, y, start, stop, hole, a, ref, c, beta):
         """(S, D, B, G) of [start, stop) without ``hole``, and whether they were near."""
-        s = splat32w(0.0)
+        s = splat(0.0)
         d = s
         b = s
         g = s
         high = s
         j = start
-        full = start + (stop - start) // LANES32W * LANES32W
+        full = start + (stop - start) // lanes * lanes
         last = full
         if start <= hole < full:
-            last = start + (hole - start) // LANES32W * LANES32W
+            last = start + (hole - start) // lanes * lanes
         while True:
             while j < last:
                 ahead_p(x, j)
                 ahead_q(y, j)
-                if size_p == 4:
-                    ahead_p(x, j + LANES32)
-                if size_q == 4:
-                    ahead_q(y, j + LANES32)
                 s, d, b, g, high = near_step(
-                    wide_p(x + j * size_p), wide_q(y + j * size_q),
+                    near_p(x + j * size_p), near_q(y + j * size_q),
                     a, ref, c, beta, s, d, b, g, high,
                 )  # fmt: skip
-                j += LANES32W
+                j += lanes
             if j >= stop:
                 break
-            p = wide_tail_p(x + j * size_p, stop - j)
-            q = wide_tail_q(y + j * size_q, stop - j)
+            p = near_tail_p(x + j * size_p, stop - j)
+            q = near_tail_q(y + j * size_q, stop - j)
             # The hole, and what is beyond the end, become entries without mass.
             out = lane_is(p, hole - j) | ~lanes_below(p, stop - j)
             p = where(out, NO_MASS, p)
             q = where(out, NO_MASS, q)
             s, d, b, g, high = near_step(p, q, a, ref, c, beta, s, d, b, g, high)
-            j += LANES32W
+            j += lanes
             last = full
-        return s, d, b, g, not hany((high > PHI_NEAR * PHI_NEAR) | unordered(d, d))
+        near = not hany((high > PHI_NEAR * PHI_NEAR) | unordered(d, d))
+        return halves_sum32(s), halves_sum32(d), halves_sum32(b), halves_sum32(g), near
 
     @inline
     def begins_near(x, y, start, stop, a, c):
@@ -423,16 +421,10 @@ def reader(operation, dtype_p, dtype_q, exactly):
             g = zero
             done = False
             if near and close:
-                near_last = min(full, j + NEAR_BLOCK)
-                ws, wd, wb, wg, done = near_block(x, y, j, near_last, hole, a, ref, c, beta)
-                if done:
-                    last = near_last
-                    S = S + fold64(ws)
-                    D = D + fold64(wd)
-                    B = B + fold64(wb)
-                    G = G + fold64(wg)
-                    j = last
-            if not done:
+                s, d, b, g, done = near_block(x, y, j, last, hole, a, ref, c, beta)
+            if done:
+                j = last
+            else:
                 if j <= hole < last:
                     last = start + (hole - start) // LANES32 * LANES32
                 s = zero

@@ -512,6 +512,18 @@ def fold64(typingctx, a):
 
 
 @intrinsic
+def halves_sum32(typingctx, a):
+    """The sum of the two vectors that a wide one is; a vector itself."""
+
+    def codegen(context, builder, sig, args):
+        if a.lanes == LANES32:
+            return args[0]
+        return builder.fadd(*(_lanes(builder, args[0], start, LANES32) for start in (0, LANES32)))
+
+    return f32v(a), codegen
+
+
+@intrinsic
 def narrowed32(typingctx, low, high):
     """Two float64 vectors as one of float32, rounded."""
 
