@@ -78,9 +78,8 @@ from .rowloop import (
 from .simd import (
     ITEMSIZE,
     LANES32,
-    any_order_loader,
+    any_order,
     f32v,
-    f32w,
     fetch_add,
     fma,
     fold64,
@@ -95,7 +94,6 @@ from .simd import (
     poke_f64,
     poke_i64,
     splat32,
-    splat32w,
     splat64,
     tail_loader,
     unordered,
@@ -341,13 +339,9 @@ def reader(operation, dtype_p, dtype_q, exactly):
     moved, under, _, step, near_step, _, _ = arithmetic(operation, exactly)
     load_p, load_q = loader(dtype_p, f32v), loader(dtype_q, f32v)
     tail_p, tail_q = tail_loader(dtype_p, f32v), tail_loader(dtype_q, f32v)
-    # Vectors of near blocks: what may come in any order, as long as it is the same in both rows.
-    alike = dtype_p == dtype_q == "bfloat16"
-    vector = f32w if alike else f32v
-    any_order = any_order_loader if alike else loader
+    # Vectors of near blocks; where there is something to leave out, in the order of memory.
+    vector, splat, near_p, near_q = any_order(dtype_p, dtype_q)
     lanes = vector.lanes
-    splat = splat32w if alike else splat32
-    near_p, near_q = any_order(dtype_p, vector), any_order(dtype_q, vector)
     near_tail_p, near_tail_q = tail_loader(dtype_p, vector), tail_loader(dtype_q, vector)
     entry_p, entry_q = entry(dtype_p), entry(dtype_q)
     ahead_p, ahead_q = ahead(dtype_p), ahead(dtype_q)
@@ -382,7 +376,7 @@ def reader(operation, dtype_p, dtype_q, exactly):
             p = near_tail_p(x + j * size_p, stop - j)
             q = near_tail_q(y + j * size_q, stop - j)
             # The hole, and what is beyond the end, become entries without mass.
-            out = lane_is(p, hole - j) | ~lanes_below(p, stop - j)
+            out = lane_is(s, hole - j) | ~lanes_below(s, stop - j)
             p = where(out, NO_MASS, p)
             q = where(out, NO_MASS, q)
             s, d, b, g, high = near_step(p, q, a, ref, c, beta, s, d, b, g, high)

@@ -637,29 +637,32 @@ def loader(dtype, ty):
 
 
 @functools.cache
-def any_order_loader(dtype, ty):
-    """``loader``, for sums and maxima: the lanes may change places, the same way for every address.
+def any_order(*dtypes):
+    """Vectors for sums and maxima, whose lanes may be in any order, the same in all ``dtypes``.
 
-    Those of bfloat16 do, entries of even number before those of odd: a shift and a mask take the
-    two apart, where bringing each to the lane of its number would take a shuffle as well.
+    Their type, an intrinsic that puts a number into every lane of one, and a loader for each dtype.
+
+    Of bfloat16 alone it is two registers at once: entries of even number, then those of odd.  A
+    shift and a mask take the two apart, where bringing each entry to the lane of its number takes
+    a shuffle as well, on the one port of two that has them.
     """
-    if dtype != "bfloat16":
-        return loader(dtype, ty)
-    half = ty.lanes // 2
+    if set(dtypes) != {"bfloat16"}:
+        return f32v, splat32, *(loader(dtype, f32v) for dtype in dtypes)
+    half = LANES32W // 2
     pairs = ir.VectorType(ir.IntType(32), half)
 
     @intrinsic
     def load(typingctx, address):
         def codegen(context, builder, sig, args):
             pointer = builder.inttoptr(args[0], pairs.as_pointer())
-            loaded = builder.load(pointer, align=ITEMSIZE[dtype])
+            loaded = builder.load(pointer, align=ITEMSIZE["bfloat16"])
             low = builder.shl(loaded, ir.Constant(pairs, [16] * half))
             high = builder.and_(loaded, ir.Constant(pairs, [0xFFFF0000] * half))
-            return builder.bitcast(_joined(builder, low, high), ty.llvm)
+            return builder.bitcast(_joined(builder, low, high), f32w.llvm)
 
-        return ty(address), codegen
+        return f32w(address), codegen
 
-    return load
+    return f32w, splat32w, *(load for _ in dtypes)
 
 
 @functools.cache
