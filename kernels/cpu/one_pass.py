@@ -78,14 +78,17 @@ from .rowloop import (
 from .simd import (
     ITEMSIZE,
     LANES32,
+    any_order,
     f32v,
     fetch_add,
     fma,
     fold64,
+    halves_sum32,
     hany,
     hmax,
     hsum,
     lane_is,
+    lanes_below,
     loader,
     peek_f64,
     poke_f64,
@@ -336,6 +339,10 @@ def reader(operation, dtype_p, dtype_q, exactly):
     moved, under, _, step, near_step, _, _ = arithmetic(operation, exactly)
     load_p, load_q = loader(dtype_p, f32v), loader(dtype_q, f32v)
     tail_p, tail_q = tail_loader(dtype_p, f32v), tail_loader(dtype_q, f32v)
+    # Vectors of near blocks; where there is something to leave out, in the order of memory.
+    vector, splat, near_p, near_q = any_order(dtype_p, dtype_q)
+    lanes = vector.lanes
+    near_tail_p, near_tail_q = tail_loader(dtype_p, vector), tail_loader(dtype_q, vector)
     entry_p, entry_q = entry(dtype_p), entry(dtype_q)
     ahead_p, ahead_q = ahead(dtype_p), ahead(dtype_q)
     max_p, find_p = passes(dtype_p)
@@ -344,35 +351,39 @@ def reader(operation, dtype_p, dtype_q, exactly):
 
     @inline
     def near_block(x, y, start, stop, hole, a, ref, c, beta):
-        """(S, D, B, G) of a block of whole vectors without ``hole``, and whether it was near."""
-        s = splat32(0.0)
+        """(S, D, B, G) of [start, stop) without ``hole``, and whether they were near."""
+        s = splat(0.0)
         d = s
         b = s
         g = s
         high = s
         j = start
-        last = stop
-        if start <= hole < stop:
-            last = start + (hole - start) // LANES32 * LANES32
+        full = start + (stop - start) // lanes * lanes
+        last = full
+        if start <= hole < full:
+            last = start + (hole - start) // lanes * lanes
         while True:
             while j < last:
                 ahead_p(x, j)
                 ahead_q(y, j)
                 s, d, b, g, high = near_step(
-                    load_p(x + j * size_p), load_q(y + j * size_q),
+                    near_p(x + j * size_p), near_q(y + j * size_q),
                     a, ref, c, beta, s, d, b, g, high,
                 )  # fmt: skip
-                j += LANES32
-            if j == stop:
+                j += lanes
+            if j >= stop:
                 break
-            p = load_p(x + j * size_p)
-            out = lane_is(p, hole - j)  # which becomes an entry without mass
+            p = near_tail_p(x + j * size_p, stop - j)
+            q = near_tail_q(y + j * size_q, stop - j)
+            # The hole, and what is beyond the end, become entries without mass.
+            out = lane_is(s, hole - j) | ~lanes_below(s, stop - j)
             p = where(out, NO_MASS, p)
-            q = where(out, NO_MASS, load_q(y + j * size_q))
+            q = where(out, NO_MASS, q)
             s, d, b, g, high = near_step(p, q, a, ref, c, beta, s, d, b, g, high)
-            j += LANES32
-            last = stop
-        return s, d, b, g, not hany((high > PHI_NEAR * PHI_NEAR) | unordered(d, d))
+            j += lanes
+            last = full
+        near = not hany((high > PHI_NEAR * PHI_NEAR) | unordered(d, d))
+        return halves_sum32(s), halves_sum32(d), halves_sum32(b), halves_sum32(g), near
 
     @inline
     def begins_near(x, y, start, stop, a, c):

@@ -11,12 +11,12 @@ from .mathematics import inline, outline
 from .simd import (
     ITEMSIZE,
     LANES32,
+    any_order,
     f32v,
     first,
     first_lane,
     hany,
     hmax,
-    loader,
     peek_f64,
     peek_i64,
     prefetch,
@@ -45,9 +45,6 @@ STATISTICS = 5
 #: Results below this may have lost terms to float32's exponent range: unless the rows are
 #: equal, such a row is left to the float64 kernel.
 UNDERFLOW = 1e-30
-
-#: Unrolling for the passes that only look for a maximum.
-WIDE = 4 * LANES32
 
 
 @inline
@@ -96,28 +93,33 @@ def passes(dtype):
     ``tile_max(row, start, stop)`` gives the maximum of the entries [start, stop), NaN
     ignored; ``find(row, start, stop, value)`` the index of the first entry equal to value.
     """
-    load = loader(dtype, f32v)
+    vector, splat, load = any_order(dtype)
     load_tail = tail_loader(dtype, f32v)
     size = ITEMSIZE[dtype]
+    lanes = vector.lanes
 
     @inline
     def tile_max(row, start, stop):
-        m0 = splat32(-float("inf"))
+        m0 = splat(-float("inf"))
         m1 = m0
         m2 = m0
         m3 = m0
+        rest = splat32(-float("inf"))
         j = start
-        while j + WIDE <= stop:
+        while j + 4 * lanes <= stop:
             at = row + j * size
             m0 = vmax(load(at), m0)
-            m1 = vmax(load(at + LANES32 * size), m1)
-            m2 = vmax(load(at + 2 * LANES32 * size), m2)
-            m3 = vmax(load(at + 3 * LANES32 * size), m3)
-            j += WIDE
+            m1 = vmax(load(at + lanes * size), m1)
+            m2 = vmax(load(at + 2 * lanes * size), m2)
+            m3 = vmax(load(at + 3 * lanes * size), m3)
+            j += 4 * lanes
+        while j + lanes <= stop:
+            m0 = vmax(load(row + j * size), m0)
+            j += lanes
         while j < stop:
-            m0 = vmax(load_tail(row + j * size, stop - j), m0)
+            rest = vmax(load_tail(row + j * size, stop - j), rest)
             j += LANES32
-        return hmax(vmax(vmax(m0, m1), vmax(m2, m3)))
+        return max(hmax(vmax(vmax(m0, m1), vmax(m2, m3))), hmax(rest))
 
     @inline
     def find(row, start, stop, value):

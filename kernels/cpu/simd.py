@@ -530,6 +530,18 @@ def fold64(typingctx, a):
 
 
 @intrinsic
+def halves_sum32(typingctx, a):
+    """The sum of the two vectors that a wide one is; a vector itself."""
+
+    def codegen(context, builder, sig, args):
+        if a.lanes == LANES32:
+            return args[0]
+        return builder.fadd(*(_lanes(builder, args[0], start, LANES32) for start in (0, LANES32)))
+
+    return f32v(a), codegen
+
+
+@intrinsic
 def narrowed32(typingctx, low, high):
     """Two float64 vectors as one of float32, rounded."""
 
@@ -648,17 +660,54 @@ def _from_half(builder, half):
 @functools.cache
 def loader(dtype, ty):
     """An intrinsic ``load(address)`` of one vector of ``dtype``, widened to ``ty``."""
-    memory = ir.VectorType(_STORED[dtype], ty.lanes)
+    memory = ir.VectorType(_STORED[dtype], LANES32 if ty == f32w else ty.lanes)
 
     @intrinsic
     def load(typingctx, address):
         def codegen(context, builder, sig, args):
             pointer = builder.inttoptr(args[0], memory.as_pointer())
-            return _widen(builder, builder.load(pointer, align=ITEMSIZE[dtype]), dtype, ty)
+
+            def part(i, to):
+                place = builder.gep(pointer, [ir.IntType(32)(i)])
+                return _widen(builder, builder.load(place, align=ITEMSIZE[dtype]), dtype, to)
+
+            if ty.lanes == memory.count:
+                return part(0, ty)
+            # By register: halves of one that holds both would have to be taken out of it.
+            return _joined(builder, part(0, f32v), part(1, f32v))
 
         return ty(address), codegen
 
     return load
+
+
+@functools.cache
+def any_order(*dtypes):
+    """Vectors for sums and maxima, whose lanes may be in any order, the same in all ``dtypes``.
+
+    Their type, an intrinsic that puts a number into every lane of one, and a loader for each dtype.
+
+    Of bfloat16 alone it is two registers at once: entries of even number, then those of odd.  A
+    shift and a mask take the two apart, where bringing each entry to the lane of its number takes
+    a shuffle as well, on the one port of two that has them.
+    """
+    if set(dtypes) != {"bfloat16"}:
+        return f32v, splat32, *(loader(dtype, f32v) for dtype in dtypes)
+    half = LANES32W // 2
+    pairs = ir.VectorType(ir.IntType(32), half)
+
+    @intrinsic
+    def load(typingctx, address):
+        def codegen(context, builder, sig, args):
+            pointer = builder.inttoptr(args[0], pairs.as_pointer())
+            loaded = builder.load(pointer, align=ITEMSIZE["bfloat16"])
+            low = builder.shl(loaded, ir.Constant(pairs, [16] * half))
+            high = builder.and_(loaded, ir.Constant(pairs, [0xFFFF0000] * half))
+            return builder.bitcast(_joined(builder, low, high), f32w.llvm)
+
+        return f32w(address), codegen
+
+    return f32w, splat32w, *(load for _ in dtypes)
 
 
 @functools.cache
