@@ -38,6 +38,9 @@ PART = 4096
 SAMPLE = 2048
 #: Rows of a panel, which are next to each other in every entry of a table.
 PANEL = 16
+#: Panels start an odd number of these entries apart, 32 KiB: with an even one, a power of two of
+#: them, the same entries of all panels would compete for the same few places of a cache.
+STEP = 512
 #: Bytes.
 CACHE_LINE = 64
 #: Fewer rows than this on a side are not worth a matrix product.
@@ -436,24 +439,31 @@ def _parts(width: int) -> Iterator[slice]:
 class _Buffer:
     """Memory for a table of each side, the same for every part of the vocabulary.
 
-    A table has the shape (rows, entries), or where a kernel reads it, (panels, entries, PANEL).
+    A table has the shape (rows, entries), or where a kernel reads it, (panels, entries, PANEL),
+    with room for more entries than there are.
     """
 
     def __init__(self, rows: tuple[int, ...], dtype: str) -> None:
         self.rows = rows
         self.in_panels = dtype == "float32" and compiled() is not None
         # A vector that lies in two cache lines takes twice as long to load.
-        self.memory = [_aligned(_whole(n) * PART, dtype) for n in rows]
+        self.memory = [_aligned(_whole(n) * self._apart(PART), dtype) for n in rows]
+
+    def _apart(self, width: int) -> int:
+        """Entries from the start of a row or panel to that of the next."""
+        if not self.in_panels:
+            return width
+        steps = -(-width // STEP)
+        return -(-width // PANEL) * PANEL if steps == 1 else (steps | 1) * STEP
 
     def tables(self, part: slice) -> list[Table]:
         """Contiguous tables for a part, over what was in the last ones."""
-        width = part.stop - part.start
+        apart = self._apart(part.stop - part.start)
         shapes: list[tuple[int, ...]]
         if not self.in_panels:
-            shapes = [(n, width) for n in self.rows]
+            shapes = [(n, apart) for n in self.rows]
         else:
-            padded = -(-width // PANEL) * PANEL
-            shapes = [(_whole(n) // PANEL, padded, PANEL) for n in self.rows]
+            shapes = [(_whole(n) // PANEL, apart, PANEL) for n in self.rows]
         pairs = zip(self.memory, shapes, strict=True)
         return [memory[: math.prod(shape)].reshape(shape) for memory, shape in pairs]
 
