@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -110,8 +111,8 @@ def test_the_first_of_equal_tops_counts_together_too() -> None:
     assert klfast.compare(p, q)["same_top"].tolist() == [1, 0]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_tops_are_found_in_every_tile_together_too(dtype: str) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "float16", ml_dtypes.bfloat16])
+def test_tops_are_found_in_every_tile_together_too(dtype: Any) -> None:
     places = [0, 2047, 2048, 4095, 4100, 6143, 6144, 6149]
     p = np.full((len(places), 6150), -1.0, dtype)
     p[:, :2040] = -np.inf  # nothing of the first tile but its end
@@ -139,3 +140,55 @@ def test_rows_that_only_float64_can_do_together_with_others(pair: Any) -> None:
         kept = [0, 5, 6] + ([4] if name == "kl" else [2] if name == "reverse_kl" else [2, 4])
         truth = METRICS[name](p[kept], q[kept])
         np.testing.assert_allclose(result[name][kept], truth, rtol=2e-6, atol=0, err_msg=name)
+
+
+ONE_READ = ("kl", "reverse_kl", "renyi:2", "renyi:0.7", "cross_entropy")
+
+
+def _bfloat16(random: np.random.Generator, rows: int, width: int) -> tuple[Any, Any]:
+    p = 2 * random.standard_normal((rows, width))
+    q = p + 0.2 * random.standard_normal((rows, width))
+    return p.astype(ml_dtypes.bfloat16), q.astype(ml_dtypes.bfloat16)
+
+
+def _check_one_read(p: Any, q: Any, message: str) -> None:
+    wide = p.astype(np.float64), q.astype(np.float64)
+    for name in ONE_READ:
+        found = klfast.compare(p, q, name, dtype=np.float64)[name]
+        truth = METRICS[name](*wide)
+        np.testing.assert_allclose(found, truth, rtol=2e-6, atol=0, err_msg=f"{name} {message}")
+
+
+@pytest.mark.parametrize("width", [31, 33, 80, 128, 1000, 2048 + 97])
+def test_bfloat16_with_the_top_at_every_place_of_a_vector(width: int) -> None:
+    # Entries of even and of odd number are taken apart; the top is left out of the sums.
+    places = sorted({*range(min(width, 66)), *range(max(0, width - 40), width)})
+    p, q = _bfloat16(np.random.default_rng(width), len(places), width)
+    p[range(len(places)), places] = 12.0
+    q[range(len(places)), places] = 12.25
+    _check_one_read(p, q, f"width {width}")
+
+
+def test_bfloat16_where_even_and_odd_entries_have_little_in_common() -> None:
+    # Tops, differences and masks of one kind of them only.
+    p, q = _bfloat16(np.random.default_rng(7), 6, 3 * 2048 + 40)
+    p[0, ::2], q[0, ::2] = -30, -30
+    p[1, 1::2], q[1, 1::2] = -30, -30
+    q[2, ::2] = p[2, ::2]
+    q[3, 1::2] = p[3, 1::2]
+    p[4, ::2], q[4, ::2] = -np.inf, -np.inf
+    p[5, 1::2], q[5, 1::2] = -np.inf, -np.inf
+    _check_one_read(p, q, "")
+
+
+@pytest.mark.parametrize("odd", [0, 1])
+def test_bfloat16_what_is_not_a_distribution_is_seen_at_even_and_odd_places(odd: int) -> None:
+    p, q = _bfloat16(np.random.default_rng(8), 5, 5000)
+    p[0, 3000 + odd] = np.nan
+    p[1, 4998 + odd] = np.inf
+    q[2, 3000 + odd] = np.nan
+    q[3, 3000 + odd] = -np.inf
+    q[4, 3000 + odd] = np.inf
+    found = klfast.kl_divergence(p, q)
+    assert np.isnan(found[[0, 1, 2, 4]]).all()
+    assert found[3] == np.inf

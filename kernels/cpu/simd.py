@@ -660,21 +660,13 @@ def _from_half(builder, half):
 @functools.cache
 def loader(dtype, ty):
     """An intrinsic ``load(address)`` of one vector of ``dtype``, widened to ``ty``."""
-    memory = ir.VectorType(_STORED[dtype], LANES32 if ty == f32w else ty.lanes)
+    memory = ir.VectorType(_STORED[dtype], ty.lanes)
 
     @intrinsic
     def load(typingctx, address):
         def codegen(context, builder, sig, args):
             pointer = builder.inttoptr(args[0], memory.as_pointer())
-
-            def part(i, to):
-                place = builder.gep(pointer, [ir.IntType(32)(i)])
-                return _widen(builder, builder.load(place, align=ITEMSIZE[dtype]), dtype, to)
-
-            if ty.lanes == memory.count:
-                return part(0, ty)
-            # By register: halves of one that holds both would have to be taken out of it.
-            return _joined(builder, part(0, f32v), part(1, f32v))
+            return _widen(builder, builder.load(pointer, align=ITEMSIZE[dtype]), dtype, ty)
 
         return ty(address), codegen
 
