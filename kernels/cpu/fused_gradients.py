@@ -44,6 +44,7 @@ from .mathematics import (
     inline,
     log_ratio_32,
     outline,
+    polynomial_32,
 )
 from .normalization import FAR, exact_subtraction
 from .one_pass import arithmetic, reader
@@ -315,18 +316,8 @@ def jensen_shannon(t, change, p, q, mix):
     anything is rounded.
     """
     w, v, far, shift_p, shift_q, coefficients = mix
-    k = fma(t, coefficients[11], coefficients[10])
-    k = fma(k, t, coefficients[9])
-    k = fma(k, t, coefficients[8])
-    k = fma(k, t, coefficients[7])
-    k = fma(k, t, coefficients[6])
-    k = fma(k, t, coefficients[5])
-    k = fma(k, t, coefficients[4])
-    k = fma(k, t, coefficients[3])
-    k = fma(k, t, coefficients[2])
-    k = fma(k, t, coefficients[1])
-    k = fma(k, t, coefficients[0])
-    k = k * (t * t)
+    z = t * t
+    k = z * polynomial_32(t, z, coefficients)
     tau = t * LN_2
     log_p, log_q = fma(tau, -v, -k), fma(tau, w, -k)
     term = fma(change * (w * v), tau, -fma(p, w, q * v) * k)

@@ -37,6 +37,7 @@ from .mathematics import (
     near_sinh_32,
     one_minus_exp2_32,
     phi_32,
+    polynomial_32,
 )
 from .normalization import (
     FAR,
@@ -129,24 +130,6 @@ def k_hellinger2(tau):
 
 
 @inline
-def k_near_skew_js(t, z, coefficients):
-    """A term of Jensen-Shannon of any weight over w v sqrt(p q) z, z = t**2 and abs(t) <= NEAR."""
-    c = coefficients
-    # Even and odd powers side by side: half as long to wait.
-    even = fma(z, c[10], c[8])
-    odd = fma(z, c[11], c[9])
-    even = fma(even, z, c[6])
-    odd = fma(odd, z, c[7])
-    even = fma(even, z, c[4])
-    odd = fma(odd, z, c[5])
-    even = fma(even, z, c[2])
-    odd = fma(odd, z, c[3])
-    even = fma(even, z, c[0])
-    odd = fma(odd, z, c[1])
-    return fma(odd, t, even)
-
-
-@inline
 def k_skew_js(t, tau, mix):
     """A term of Jensen-Shannon of any weight over w v M, M the larger of p and q; tau = abs(t).
 
@@ -170,7 +153,7 @@ def k_skew_js(t, tau, mix):
     """
     w, v, inverse, coefficients = mix
     z = t * t
-    k = exp2_32(tau * -0.5) * z * k_near_skew_js(t, z, coefficients)
+    k = exp2_32(tau * -0.5) * z * polynomial_32(t, z, coefficients)
     apart = tau > NEAR
     if hany(apart):
         above = t > 0.0
@@ -274,7 +257,7 @@ def terms(names, difference, larger, exactly):
         if js:
             J = fma(g * z, near_js_32(z), J)
         if skew_js:
-            J = fma(g * z, k_near_skew_js(t, z, mix[3]), J)
+            J = fma(g * z, polynomial_32(t, z, mix[3]), J)
         return V, H, J, E, U
 
     @inline
