@@ -20,6 +20,7 @@ __all__ = [
     "LOG_RATIO",
     "LOG_SOFTMAX",
     "NORMALIZERS",
+    "SKEWEST",
     "STATISTICS",
     "Finish",
     "Plan",

@@ -21,7 +21,7 @@ from klfast._operations import OPERATIONS, Operation, Parameter
 INF = math.inf
 VALUES: dict[str, tuple[float, ...]] = {
     "alpha": (0.0, 0.1, 0.5, 0.9, 1 - 1e-6, 1.0, 1 + 1e-6, 2.0, 20.0, INF),
-    "weight": (0.0, 1e-6, 0.1, 0.5, 0.999, 1.0),
+    "weight": (0.0, 1e-6, 0.5, 0.999, 1.0),
     "k": (1.0, 2.0),
 }
 

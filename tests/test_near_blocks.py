@@ -80,12 +80,11 @@ def test_every_measure_of_rows_of_both_kinds_of_blocks(pair: Any) -> None:
 @pytest.mark.parametrize("weight", [1e-3, 0.3, 0.9])
 def test_one_weight_of_jensen_shannon_is_taken_together(pair: Any, weight: float) -> None:
     p, q = pair
-    name = f"js:{weight}"
-    for metrics in (["kl", name, "same_top"], ["tv", name, "js:0.01", "reverse_kl"]):
-        found = klfast.compare(p, q, metrics, dtype=np.float64)
-        truth = reference.js_divergence(p, q, weight=weight)
+    names = ["kl", f"js:{weight}", "js:0.01", "same_top"]
+    found = klfast.compare(p, q, names, dtype=np.float64)
+    for name, each in ((names[1], weight), ("js:0.01", 0.01)):
+        truth = reference.js_divergence(p, q, weight=each)
         np.testing.assert_allclose(found[name], truth, rtol=2e-6, atol=0)
-    assert found["js:0.01"] == pytest.approx(reference.js_divergence(p, q, weight=0.01), rel=2e-6)
 
 
 def test_exchanged_rows_give_the_same_bits_together_too(pair: Any) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from klfast._arrays import FLOATS, Rows
 
-from ..plans import Finish, Plan, Step, exact_operation, plan_of
+from ..plans import SKEWEST, Finish, Plan, Step, exact_operation, plan_of
 from . import threads
 from .formulas import finish
 from .polynomials import log_mixture
@@ -80,8 +80,7 @@ def _tilt(name: str, parameters: tuple[float, ...], operation: str) -> Tilt:
         w = parameter
         if operation != "js":  # there is nothing to mix
             return Tilt(operation, factors=(0.0, 0.0), fused=False)
-        # Where one weight is next to nothing, float32 loses what it multiplies in far rows.
-        return Tilt("js", factors=(w, 1.0 - w), fused=1e-3 <= w <= 1.0 - 1e-3)
+        return Tilt("js", factors=(w, 1.0 - w), fused=min(w, 1.0 - w) >= SKEWEST)
     if operation not in ("renyi", "renyi_0", "renyi_inf"):
         return Tilt(operation)
     alpha = {"chi2": 2.0, "hellinger2": 0.5}.get(name, parameter)

@@ -44,6 +44,7 @@ from .mathematics import (
     inline,
     log_ratio_32,
     outline,
+    polynomial_32,
 )
 from .normalization import FAR, exact_subtraction
 from .one_pass import arithmetic, reader
@@ -113,9 +114,6 @@ FAR_TIE = 1e-6
 #: (of the divergence of Q from P) that is looked at.
 SHOWING = 4.0
 DOUBTFUL = 0.1
-#: What the weights of rows that are far apart are at least: smaller ones have logarithms of m/p or
-#: m/q that are less exact.
-EVEN = 0.02
 #: Mean squares about the mean, beside the square of the mean: where there is less, the gradient
 #: is much smaller than what it is the difference of.
 SPREAD = 0.01
@@ -318,18 +316,8 @@ def jensen_shannon(t, change, p, q, mix):
     anything is rounded.
     """
     w, v, far, shift_p, shift_q, coefficients = mix
-    k = fma(t, coefficients[11], coefficients[10])
-    k = fma(k, t, coefficients[9])
-    k = fma(k, t, coefficients[8])
-    k = fma(k, t, coefficients[7])
-    k = fma(k, t, coefficients[6])
-    k = fma(k, t, coefficients[5])
-    k = fma(k, t, coefficients[4])
-    k = fma(k, t, coefficients[3])
-    k = fma(k, t, coefficients[2])
-    k = fma(k, t, coefficients[1])
-    k = fma(k, t, coefficients[0])
-    k = k * (t * t)
+    z = t * t
+    k = z * polynomial_32(t, z, coefficients)
     tau = t * LN_2
     log_p, log_q = fma(tau, -v, -k), fma(tau, w, -k)
     term = fma(change * (w * v), tau, -fma(p, w, q * v) * k)
@@ -340,7 +328,8 @@ def jensen_shannon(t, change, p, q, mix):
         rest, h = exp2_and_rest_32(vmin(vabs(t), FAR))  # the smaller over the larger
         of_larger = where(above, splat32w(v), splat32w(w))
         of_smaller = where(above, splat32w(w), splat32w(v))
-        mixed = fma(of_smaller, -h, 1.0)
+        # A sum of positive numbers, for a larger one of next to no weight.
+        mixed = fma(of_smaller, rest, of_larger)
         larger = -log_ratio_32(mixed, splat32w(1.0), of_smaller * h)
         smaller = log_ratio_32(rest, mixed, of_larger * h)
         far_p, far_q = where(above, smaller, larger), where(above, larger, smaller)
@@ -652,8 +641,6 @@ def build(operation, sides, dtype_p, dtype_q, dtype_into_p, dtype_into_q):
                     scale_q *= S
                 # Constants that are not as exact as the value are found out by either pass.
                 usable = UNDERFLOW <= value < math.inf
-                if js and not close:
-                    usable = usable and EVEN <= beta <= 1.0 - EVEN
                 usable = usable and (not jeffreys or back >= UNDERFLOW)
                 if usable and abs(scale_p) < LARGEST and abs(scale_q) < LARGEST:
                     if exchanged:

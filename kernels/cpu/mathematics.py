@@ -18,8 +18,7 @@ from .simd import (
     HAS_SCALEF,
     fma,
     fraction32,
-    hany,
-    log_split32,
+    log2_ratio_32,
     log_split64,
     pow2,
     remainder32,
@@ -166,10 +165,8 @@ def one_minus_exp2_32(tau):
     return exp2_and_rest_32(tau)[1]
 
 
-#: The functions of z = t**2 below hold for abs(t) <= NEAR: 2**t is between 1/11 and 11.
-NEAR = 3.5
-
-# With x = t log(2)/2, half a log-ratio.  Their polynomials hold to 1e-7 each.
+# The functions of z = t**2 below hold for abs(t) <= NEAR (see ``polynomials``).  With
+# x = t log(2)/2, half a log-ratio.  Their polynomials hold to 1e-7 each.
 
 
 @inline
@@ -206,13 +203,27 @@ def near_js_32(z):
     return fma(p, z, 0.060056623071432114)
 
 
-#: The s where (1 + s)/(1 - s) leaves [sqrt(1/2), sqrt(2)].
-ATANH_LIMIT = 0.17157
+@inline
+def polynomial_32(t, z, coefficients):
+    """One of ``polynomials`` at t, z = t**2."""
+    c = coefficients
+    # Even and odd powers side by side: half as long to wait.
+    even = fma(z, c[10], c[8])
+    odd = fma(z, c[11], c[9])
+    even = fma(even, z, c[6])
+    odd = fma(odd, z, c[7])
+    even = fma(even, z, c[4])
+    odd = fma(odd, z, c[5])
+    even = fma(even, z, c[2])
+    odd = fma(odd, z, c[3])
+    even = fma(even, z, c[0])
+    odd = fma(odd, z, c[1])
+    return fma(odd, t, even)
 
 
 @inline
 def twice_atanh_32(s):
-    """2 atanh(s) for abs(s) <= ATANH_LIMIT."""
+    """2 atanh(s) for abs(s) <= 0.2004; 1e-8."""
     z = s * s
     p = fma(z, 1 / 9, 1 / 7)
     p = fma(p, z, 1 / 5)
@@ -222,19 +233,14 @@ def twice_atanh_32(s):
 
 @inline
 def log_ratio_32(a, b, missing):
-    """log(a/b) of float32 a <= b, where ``missing`` is b - a to full accuracy; 2e-7.
+    """log(a/b) of normal float32 a <= b, where ``missing`` is b - a to full accuracy; 2e-7.
 
-    One division does where a/b > sqrt(1/2); two more are jumped over when no lane needs them.
+    With a = m 2**e and m/b between 2**-0.5861 and 2**0.5861, log(m/b) is 2 atanh((m - b)/(m + b)),
+    of at most 0.2004.
     """
-    s = missing / (a + b)
-    log = -twice_atanh_32(s)
-    apart = s > ATANH_LIMIT
-    if hany(apart):
-        x = a / b
-        e = log_split32(x)
-        m = x * pow2(-e)
-        log = where(apart, fma(e, LN_2, twice_atanh_32((m - 1.0) / (m + 1.0))), log)
-    return log
+    e = log2_ratio_32(a, b)
+    m = a * pow2(-e)
+    return fma(e, LN_2, twice_atanh_32(where(e < 0.0, m - b, -missing) / (m + b)))
 
 
 @inline

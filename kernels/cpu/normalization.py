@@ -40,7 +40,6 @@ import math
 
 from .mathematics import (
     LN_2,
-    NEAR,
     exp2_32,
     inline,
     near_cosh_32,
@@ -48,6 +47,7 @@ from .mathematics import (
     one_minus_exp2_32,
     power_32,
 )
+from .polynomials import NEAR
 from .rowloop import BLOCK, TILE, ahead, f32, f64, passes
 from .simd import (
     ITEMSIZE,

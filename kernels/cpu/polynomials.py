@@ -2,7 +2,7 @@
 
 With w and v = 1 - w the weights of P and Q and t = log2(q/p), both are analytic where
 w + v exp(tau) is not 0, tau = t log 2: as far as tau = log(w/v) +- i pi, never nearer than pi.  So
-COEFFICIENTS of them are good for 1e-7 up to abs(t) = SKEW_NEAR, and for 2e-9 up to LOG_NEAR.
+COEFFICIENTS of them are good for 1e-7 up to abs(t) = NEAR, and for 2e-9 up to LOG_NEAR.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 __all__ = [
     "COEFFICIENTS",
     "LOG_NEAR",
+    "NEAR",
     "log_mixture",
     "skew_js",
 ]
@@ -25,7 +26,9 @@ __all__ = [
 Values = NDArray[np.float64]
 
 COEFFICIENTS = 12
-LOG_NEAR, SKEW_NEAR = 2.0, 3.5
+#: How far near forms go, of all divergences: 2**t is between 1/11 and 11.  How far the logarithm
+#: does.
+NEAR, LOG_NEAR = 3.5, 2.0
 _LN_2 = math.log(2.0)
 
 
@@ -64,4 +67,4 @@ def skew_js(weight: float) -> Values:
         p, q = weight * np.exp(-x), other * np.exp(x)
         return (x * (q - p) - (p + q) * np.log(p + q)) / (weight * other * t**2)
 
-    return _fitted(quotient, SKEW_NEAR)
+    return _fitted(quotient, NEAR)

@@ -436,25 +436,37 @@ def rounded32(typingctx, t, factor):
     return types.UniTuple(f32v, 2)(t, factor), codegen
 
 
-def _log_split(root, mantissa):
+@intrinsic
+def log_split64(typingctx, x):
     """From positive normal x the exponent e with x = m 2**e and m in [sqrt(1/2), sqrt(2))."""
 
-    @intrinsic
-    def split(typingctx, x):
-        def codegen(context, builder, sig, args):
-            ity = _INT[x]
-            bits = builder.sub(builder.bitcast(args[0], ity), ir.Constant(ity, [root] * x.lanes))
-            exponent = builder.ashr(bits, ir.Constant(ity, [mantissa] * x.lanes))
-            return builder.sitofp(exponent, x.llvm)
+    def codegen(context, builder, sig, args):
+        ity = _INT[x]
+        root = ir.Constant(ity, [0x3FE6A09E667F3BCD] * x.lanes)  # the bits of sqrt(1/2)
+        bits = builder.sub(builder.bitcast(args[0], ity), root)
+        return builder.sitofp(builder.ashr(bits, ir.Constant(ity, [52] * x.lanes)), x.llvm)
 
-        return x(x), codegen
-
-    return split
+    return x(x), codegen
 
 
-# By the bits of sqrt(1/2).
-log_split32 = _log_split(0x3F3504F3, 23)
-log_split64 = _log_split(0x3FE6A09E667F3BCD, 52)
+@intrinsic
+def log2_ratio_32(typingctx, a, b):
+    """A whole number not more than 0.5861 from log2(a/b), of positive normal a and b.
+
+    The bits of a number, as a whole one over 2**23, are its base 2 logarithm up to a constant and
+    0.0861: linear between powers of 2.
+    """
+
+    def codegen(context, builder, sig, args):
+        ity = _INT[a]
+        x, y = (
+            builder.bitcast(_as_vector(context, builder, v, t, a), ity)
+            for v, t in zip(args, sig.args, strict=True)
+        )
+        bits = builder.add(builder.sub(x, y), ir.Constant(ity, [1 << 22] * a.lanes))
+        return builder.sitofp(builder.ashr(bits, ir.Constant(ity, [23] * a.lanes)), a.llvm)
+
+    return a(a, b), codegen
 
 
 @intrinsic
