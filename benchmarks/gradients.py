@@ -31,6 +31,7 @@ from klfast._report import grid
 HERE = Path(__file__).resolve().parent
 MEASURES = ("kl", "reverse_kl", "jeffreys", "js", "renyi:2", "tv", "hellinger2")
 SHAPE = (512, 131072)
+HEADER = ["measure", "klfast, ms", "torch.compile, ms", "", "torch eager, ms", ""]
 LINEAR = (1024, 1024, 131072)  # tokens, width of the hidden states, vocabulary
 
 
@@ -49,7 +50,8 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(klfast.get_num_threads())
-    text = "\n".join([_about(), "", *_logits(options), "", *_linear(options), ""])
+    sections = (_logits(options), _labels(options), _linear(options))
+    text = "\n".join([_about(), *(line for section in sections for line in ("", *section)), ""])
     print(text)
     options.out.write_text(text, encoding="utf-8")
 
@@ -74,7 +76,7 @@ def _logits(options: argparse.Namespace) -> list[str]:
     q = p + 0.1 * rng.normal(size=p.shape).astype(np.float32)
     out = np.empty_like(q)
     teacher, student = torch.from_numpy(p), torch.from_numpy(q).requires_grad_()
-    lines = [["measure", "klfast, ms", "torch.compile, ms", "", "torch eager, ms", ""]]
+    lines = [HEADER]
     for name in MEASURES:
         contenders: dict[str, Callable[[], Any]] = {
             "klfast": functools.partial(klfast.value_and_grad, name, p, q, out=out)
@@ -82,23 +84,67 @@ def _logits(options: argparse.Namespace) -> list[str]:
         for peer in PEERS:
             if peer.package == "torch" and (measure := peer.measure(name)) is not None:
                 contenders[peer.name] = _both_ways(measure, teacher, student)
-        seconds = _medians(contenders, options.rounds)
-        mine = seconds["klfast"]
-        line = [name, f"{1e3 * mine:.1f}"]
-        for peer_name in ("torch.compile", "torch eager"):
-            theirs = seconds[peer_name]
-            line += [f"{1e3 * theirs:.0f}", f"{theirs / mine:.1f} x"]
-        lines.append(line)
+        lines.append(_line(name, contenders, options.rounds))
     title = f"## Forward and backward, {rows} x {vocab}, float32, with respect to Q"
-    return [title, "", "```", *grid(lines), "```"]
+    note = "klfast.value_and_grad writes into memory that it is given, PyTorch into new memory."
+    return [title, "", note, "", "```", *grid(lines), "```"]
 
 
-def _both_ways(measure: Callable[..., Any], teacher: Any, student: Any) -> Callable[[], Any]:
+def _labels(options: argparse.Namespace) -> list[str]:
+    """Log-probabilities of labels and their gradient, everybody's in new memory."""
+    import torch
+
+    import klfast.torch
+
+    functional = torch.nn.functional
+    rows, vocab = options.shape
+    rng = np.random.default_rng(0)
+    logits = torch.from_numpy(rng.normal(size=(rows, vocab)).astype(np.float32) * 2)
+    logits.requires_grad_()
+    labels = torch.from_numpy(rng.integers(0, vocab, rows))
+
+    def loss(labels: Any, logits: Any) -> Any:
+        return functional.cross_entropy(logits, labels)
+
+    def chosen(labels: Any, logits: Any) -> Any:
+        return functional.log_softmax(logits, -1).gather(-1, labels[:, None])
+
+    lines = [HEADER]
+    for mine, theirs in (
+        (klfast.torch.cross_entropy_loss, loss),
+        (klfast.torch.token_log_probs, chosen),
+    ):
+
+        def fused(labels: Any, logits: Any, mine: Callable[..., Any] = mine) -> Any:
+            return mine(logits, labels)
+
+        measures = {
+            "klfast": fused, "torch.compile": torch.compile(theirs), "torch eager": theirs,
+        }  # fmt: skip
+        contenders = {
+            name: _both_ways(measure, labels, logits) for name, measure in measures.items()
+        }
+        lines.append(_line(mine.__name__, contenders, options.rounds))
+    title = f"## Forward and backward of known labels, {rows} x {vocab}, float32"
+    return [title, "", "klfast.torch and PyTorch, into new memory.", "", "```", *grid(lines), "```"]
+
+
+def _both_ways(measure: Callable[..., Any], given: Any, student: Any) -> Callable[[], Any]:
     def run() -> None:
         student.grad = None
-        measure(teacher, student).sum().backward()
+        measure(given, student).sum().backward()
 
     return run
+
+
+def _line(name: str, contenders: dict[str, Callable[[], Any]], rounds: int) -> list[str]:
+    seconds = _medians(contenders, rounds)
+    mine = seconds["klfast"]
+    line = [name, f"{1e3 * mine:.1f}"]
+    for peer_name in ("torch.compile", "torch eager"):
+        theirs = seconds[peer_name]
+        line += [f"{1e3 * theirs:.0f}", f"{theirs / mine:.1f} x"]
+    return line
 
 
 def _medians(contenders: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:

@@ -24,6 +24,7 @@ from .runs import (
     launch,
     placed,
     strided,
+    written_at_a_time,
 )
 from .threads import get_num_threads
 
@@ -160,7 +161,7 @@ def _fused_gradient(
     polynomial = address(log_mixture(step.parameter)) if step.operation == "js" else 0
     space = np.zeros(n + 3, np.int64)
     counter = address(space)
-    chunk = max(1, min(4, n // (4 * workers)))
+    chunk = written_at_a_time(n, width * targets[0].stride, workers)
     function = compiled(
         "fused_gradients", tilt.operation, letters, first.dtype, second.dtype,
         *(target.dtype for target in targets),

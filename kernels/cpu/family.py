@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from klfast._arrays import Rows
 
 from .native import kernel
-from .runs import AT_A_TIME, Values, address, cut, launch, placed
+from .runs import Values, address, cut, launch, placed, written_at_a_time
 from .threads import get_num_threads
 
 __all__ = ["add_pairs", "count_sums", "fill_table", "gaussian_kl", "moments", "token_gradients"]
@@ -52,11 +52,12 @@ def token_gradients(
     """
     space = np.zeros(1, np.int64)
     n, width = x.count, x.width
+    row_bytes = width * into.itemsize
     function = _kernel("token_gradients", (x.dtype,), "q" * 13 + "d")
     arguments = (
-        *placed(x), address(into), width * into.itemsize, width, n, address(space),
-        max(1, AT_A_TIME // width), address(tokens), address(values), address(log_sums),
-        address(scales), 1.0 / x.temperature,
+        *placed(x), address(into), row_bytes, width, n, address(space),
+        written_at_a_time(n, row_bytes, get_num_threads()), address(tokens), address(values),
+        address(log_sums), address(scales), 1.0 / x.temperature,
     )  # fmt: skip
     launch(function, arguments, 2 * n * width, alone=False)
 

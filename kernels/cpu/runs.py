@@ -44,6 +44,7 @@ __all__ = [
     "space_of",
     "strided",
     "unfinished",
+    "written_at_a_time",
 ]
 
 Values = NDArray[np.float64]
@@ -53,6 +54,9 @@ FEW_ROWS = 64
 #: Entries (of both rows) that are worth waking a thread for, and that a thread takes at a time.
 WORTH_A_THREAD = 1 << 17
 AT_A_TIME = 1 << 16
+#: Bytes that a thread writes at a time: several of the 2 MB pages of large new arrays.
+#: Where two threads touch one first, both fill it with zeros.
+WRITTEN_AT_A_TIME = 8 << 20
 PART = 32768
 LOG2_E = math.log2(math.e)
 _FARTHEST = 8192.0
@@ -107,6 +111,11 @@ def cut(n: int, width: int) -> tuple[int, int, int]:
     if n < FEW_ROWS and width > PART:
         return 1, -(-width // PART), PART
     return max(4, AT_A_TIME // width), 1, width
+
+
+def written_at_a_time(n: int, row_bytes: int, workers: int) -> int:
+    """Rows that a thread takes at a time where each is as many bytes to write."""
+    return max(1, min(WRITTEN_AT_A_TIME // row_bytes, n // (4 * workers)))
 
 
 def launch(

@@ -25,7 +25,7 @@ import klfast
 
 from . import _device, gaussian
 from ._arguments import Settings, number, prepare, temperatures
-from ._arrays import FLOATS, memory, view_of
+from ._arrays import FLOATS, empty, wrap
 from ._dispatch import compiled
 from ._gradients import differentiable, value_and_grad
 
@@ -456,26 +456,27 @@ def _token_gradient(
     temperature: float,
 ) -> Tensor:  # fmt: skip
     logits = logits.detach()
-    gradient = logits.new_empty(logits.shape)
     scale = scale.double() if keep is None else torch.where(keep, scale.double(), 0.0)
     tokens = tokens.long() if keep is None else torch.where(keep, tokens.long(), 0)
-    if not gradient.numel():
-        return gradient
+    if not logits.numel():
+        return logits.new_empty(logits.shape)
     kernels = compiled() if logits.device.type == "cpu" else None
     if kernels is not None and logits.dtype != torch.float64:
         batch = prepare({"logits": logits}, Settings(temperature=temperature))
         if batch.p.stride == FLOATS[batch.p.dtype] and temperature >= 1e-30:
+            # NumPy asks for huge pages, PyTorch does not: new small ones take twice as long as
+            # the kernel.
+            stored, view = empty(tuple(logits.shape), batch.p.dtype)
             numbers = [each.contiguous().numpy() for each in (tokens, *known, scale)]
-            kernels.token_gradients(
-                batch.p, memory(view_of(gradient, batch.place, "gradient"), True), *numbers
-            )
+            kernels.token_gradients(batch.p, stored, *numbers)
+            gradient: Tensor = wrap(stored, view.dtype, batch.place, logits)
             return gradient
     value, log_sum = known[..., None]
     scale, tokens = scale[..., None] / temperature, tokens[..., None]
     wide = torch.exp(logits.double() / temperature - log_sum).mul_(-scale)
     wide.scatter_(-1, tokens, -torch.expm1(value) * scale)
     nothing = (scale == 0.0) | (value == -math.inf)
-    return gradient.copy_(wide.masked_fill_(nothing, 0.0))
+    return wide.masked_fill_(nothing, 0.0).to(logits.dtype).contiguous()
 
 
 @_token_gradient.register_fake
