@@ -254,15 +254,15 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-def _count(text: str) -> int:
-    number = int(text) if text.isascii() and text.isdigit() else 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+def _count(text: str, least: int = 1) -> int:
+    number = int(text) if text.isascii() and text.isdigit() else -1
+    if number < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least}")
     return number
 
 
 def _whole(text: str) -> int:
-    return 0 if text == "0" else _count(text)
+    return _count(text, 0)
 
 
 def _integer(text: str) -> int:

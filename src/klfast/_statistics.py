@@ -339,7 +339,8 @@ def check_statistic(name: str, names: Sequence[str]) -> None:
     for owners, kind in parts:
         own = [each.name for each in fields(kind)]
         known += [f"{owner}.{each}" for owner in owners for each in own]
-        shown.append(f"{{{','.join(owners)}}}.{{{','.join(own)}}}")
+        one_of = f"{{{','.join(owners)}}}" if len(owners) > 1 else owners[0]
+        shown.append(f"{one_of}.{{{','.join(own)}}}")
     if name not in known:
         mean = f"{name}.mean"
         near = [mean] if mean in known else difflib.get_close_matches(name, known, n=1)
