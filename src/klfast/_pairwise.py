@@ -48,7 +48,7 @@ CACHE_LINE = 64
 #: Fewer rows than this on a side are not worth a matrix product, unless they are THIN beside MANY.
 FEW = 5
 #: Up to this many rows on a side, the table of the other one is only made in cache.
-THIN = 64
+THIN = 256
 MANY = 64
 #: What is left of a subtraction, at least, beside what went into it: rounding of 1e-6 (float32) or
 #: 1e-14 is then below 1e-5 or 1e-11 of the result.
