@@ -249,7 +249,7 @@ def test_bad_arguments_are_named(change: dict[str, Any], error: Any, message: st
         (5, 70, 4099),
         (37, 161, 600),
         (260, 17, 33),
-        # Tables of both sides: several parts, and panels next to each other or apart.
+        # Tables of both sides: in one part and in several.
         (258, 270, 4099),
         (257, 273, 600),
         (273, 257, 33),

@@ -40,9 +40,6 @@ PART = 4096
 SAMPLE = 2048
 #: Rows of a panel, which are next to each other in every entry of a table.
 PANEL = 16
-#: Panels start an odd number of these entries apart, 32 KiB: with an even one, a power of two of
-#: them, the same entries of all panels would compete for the same few places of a cache.
-STEP = 512
 #: Bytes.
 CACHE_LINE = 64
 #: Fewer rows than this on a side are not worth a matrix product, unless they are THIN beside MANY.
@@ -498,10 +495,7 @@ class _Buffer:
 
     def _apart(self, width: int) -> int:
         """Entries from the start of a row or panel to that of the next."""
-        if not self.in_panels:
-            return width
-        steps = -(-width // STEP)
-        return -(-width // PANEL) * PANEL if steps == 1 else (steps | 1) * STEP
+        return -(-width // PANEL) * PANEL if self.in_panels else width
 
     def tables(self, part: slice) -> list[Table]:
         """Contiguous tables for a part, over what was in the last ones."""
