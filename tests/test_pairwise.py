@@ -56,6 +56,19 @@ def test_a_batch_against_itself(metric: str) -> None:
         np.testing.assert_array_equal(found, found.T)
 
 
+@pytest.mark.parametrize(("n", "m"), [(1, 66), (66, 3), (257, 258)])
+@pytest.mark.parametrize("metric", ["kl", "cross_entropy", "renyi:0.5", "chi2"])
+def test_masked_entries_of_one_row_among_many(metric: str, n: int, m: int) -> None:
+    p, q = (logits(k, 40, seed).astype(np.float32) for k, seed in ((n, 3), (m, 4)))
+    p[:, :10] = q[:, :10] = -np.inf  # in no support
+    p[0, 20] = q[-1, 30] = -np.inf
+    expected = one_by_one(p, q, metric)
+    # A masked entry of q is outside the support of every p, one of p is not.
+    assert np.isinf(expected[:, -1]).all() == (metric != "renyi:0.5")
+    assert np.isfinite(expected[:, :-1]).all()
+    np.testing.assert_allclose(klfast.pairwise(p, q, metric), expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize("metric", METRICS)
 def test_masked_entries(metric: str) -> None:
     p, q = (logits(6, 100, seed).astype(np.float32) for seed in (3, 4))
@@ -230,7 +243,22 @@ def test_bad_arguments_are_named(change: dict[str, Any], error: Any, message: st
 
 
 @pytest.mark.parametrize("metric", ["kl", "jeffreys", "renyi:0.5", "js"])
-@pytest.mark.parametrize("shape", [(5, 70, 4099), (37, 161, 600), (260, 17, 33)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (5, 70, 4099),
+        (37, 161, 600),
+        (260, 17, 33),
+        # Tables of both sides: in one part and in several.
+        (258, 270, 4099),
+        (257, 273, 600),
+        (273, 257, 33),
+        # A table of the few rows alone, in several parts.
+        (1, 70, 65600),
+        (70, 2, 65600),
+        (256, 65, 4099),
+    ],
+)
 def test_panels_that_are_not_full(metric: str, shape: tuple[int, int, int]) -> None:
     n, m, width = shape
     p, q = (logits(k, width, seed).astype(np.float32) for k, seed in ((n, 0), (m, 1)))
@@ -243,9 +271,13 @@ def test_panels_that_are_not_full(metric: str, shape: tuple[int, int, int]) -> N
     )
 
 
-@pytest.mark.parametrize("metric", ["kl", "js"])
-def test_threads_do_not_change_a_bit(metric: str) -> None:
-    p, q = (logits(n, 5000, seed).astype(np.float32) for n, seed in ((90, 0), (150, 1)))
+@pytest.mark.parametrize(
+    ("metric", "shape"),
+    [("kl", (257, 260)), ("js", (90, 150)), ("kl", (40, 150)), ("kl", (150, 4))],
+)
+def test_threads_do_not_change_a_bit(metric: str, shape: tuple[int, int]) -> None:
+    n, m = shape
+    p, q = (logits(k, 5000, seed).astype(np.float32) for k, seed in ((n, 0), (m, 1)))
     threads = klfast.get_num_threads()
     try:
         klfast.set_num_threads(1)

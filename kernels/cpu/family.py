@@ -21,7 +21,15 @@ from .native import kernel
 from .runs import Values, address, cut, launch, placed, written_at_a_time
 from .threads import get_num_threads
 
-__all__ = ["add_pairs", "count_sums", "fill_table", "gaussian_kl", "moments", "token_gradients"]
+__all__ = [
+    "add_pairs",
+    "add_products",
+    "count_sums",
+    "fill_table",
+    "gaussian_kl",
+    "moments",
+    "token_gradients",
+]
 
 #: Values that the kernel ``counts`` gives for a row.
 COUNT_COLUMNS = 8
@@ -134,16 +142,61 @@ def fill_table(
     are c and rest of each row; ``sums`` those of exp(u), and of exp(u) u, the second with "probs"
     alone.  Both are for whole panels of rows.  Returns whether an entry is -inf.
     """
+    places = (address(table), table.shape[1])
+    alone = len(table) == 1
+    return _make_table(
+        "tables", rows, part, shifts, kind, sums, places, factor, nothing, 4 * table.size, alone
+    )
+
+
+def add_products(
+    few: Panels,
+    count: int,
+    rows: Rows,
+    part: slice,
+    shifts: Values,
+    kind: str,
+    sums: Values,
+    out: Values,
+    *,
+    factor: float = 1.0,
+) -> bool:
+    """Add the products of a table of ``count`` rows with that of others, which is not kept.
+
+    The others and their table are those of `fill_table`, as is what is returned; ``out`` has the
+    shape (count, rows.count) in whole panels.
+    """
+    places = (address(few), few.shape[1], count, address(out), out.shape[1])
+    entries = (4 + count) * rows.count * (part.stop - part.start)
+    return _make_table(
+        "few_rows", rows, part, shifts, kind, sums, places, factor, 0.0, entries, False
+    )
+
+
+def _make_table(
+    module: str,
+    rows: Rows,
+    part: slice,
+    shifts: Values,
+    kind: str,
+    sums: Values,
+    places: tuple[int, ...],
+    factor: float,
+    nothing: float,
+    entries: int,
+    alone: bool,
+) -> bool:
+    """Run a kernel that makes the table of `fill_table`; ``places``: what it does with it."""
     counter, zeros = np.zeros(1, np.int64), np.zeros(1)
     references, rests = shifts.astype(np.float32)
     masses, own = sums
-    function = _kernel("tables", (rows.dtype, kind), "q" * 13 + "d" * 3)
+    function = _kernel(module, (rows.dtype, kind), "q" * (11 + len(places)) + "d" * 3)
     arguments = (
         rows.address, rows.row_stride, rows.count, part.start, part.stop, address(counter),
-        address(references), address(rests), address(table), table.shape[1],
-        address(masses), address(own), address(zeros), 1.0 / rows.temperature, factor, nothing,
+        address(references), address(rests), *places, address(masses), address(own),
+        address(zeros), 1.0 / rows.temperature, factor, nothing,
     )  # fmt: skip
-    launch(function, arguments, 4 * table.size, alone=False)
+    launch(function, arguments, entries, alone)
     return bool(zeros[0])
 
 

@@ -3,9 +3,10 @@
 Most divergences are made of sums over the vocabulary that are products of a function of p and one
 of q: cross-entropies, and S = sum p^a q^(1-a). All pairs of them are one matrix product, taken a
 part of the vocabulary at a time: the tables of a part stay in cache, and parts are added up in
-float64. In float32 a kernel multiplies the tables, which are made in the order it reads them, in
-float64 NumPy does. Total variation and Jensen-Shannon divergence are no such products; the same
-kernel goes over the tables with other terms.
+float64. In float32 a kernel multiplies the tables, which are made in the order it reads them; where
+one side has few rows, the kernel makes the other's as it goes. In float64 NumPy multiplies them.
+Total variation and Jensen-Shannon divergence are no such products; the same kernel goes over the
+tables with other terms.
 
 What is subtracted from a product of its own size would lose its digits. Pairs where much cancels,
 and those whose product leaves the range, are computed again one by one, straight from the logits,
@@ -31,6 +32,7 @@ __all__ = ["pairwise"]
 
 Values = NDArray[np.float64]
 Table = NDArray[Any]
+Kind = Literal["probs", "powers", "logs"]
 
 #: Entries of the vocabulary in a part.
 PART = 4096
@@ -38,13 +40,13 @@ PART = 4096
 SAMPLE = 2048
 #: Rows of a panel, which are next to each other in every entry of a table.
 PANEL = 16
-#: Panels start an odd number of these entries apart, 32 KiB: with an even one, a power of two of
-#: them, the same entries of all panels would compete for the same few places of a cache.
-STEP = 512
 #: Bytes.
 CACHE_LINE = 64
-#: Fewer rows than this on a side are not worth a matrix product.
+#: Fewer rows than this on a side are not worth a matrix product, unless they are THIN beside MANY.
 FEW = 5
+#: Up to this many rows on a side, the table of the other one is only made in cache.
+THIN = 256
+MANY = 64
 #: What is left of a subtraction, at least, beside what went into it: rounding of 1e-6 (float32) or
 #: 1e-14 is then below 1e-5 or 1e-11 of the result.
 TRUSTED = {"float32": 0.1, "float64": 1e-3}
@@ -193,9 +195,8 @@ class _Side:
         self,
         part: slice,
         table: Table,
-        kind: Literal["probs", "powers", "logs"],
+        kind: Kind,
         sums: Values,
-        *,
         factor: float = 1.0,
         nothing: float = 0.0,
     ) -> bool:
@@ -227,6 +228,25 @@ class _Side:
             _write(np.where(empty, nothing, factor * log_p), table)
         return bool(empty.any())
 
+    def add_products(
+        self,
+        part: slice,
+        few: Table,
+        count: int,
+        kind: Kind,
+        sums: Values,
+        factor: float,
+        product: Values,
+    ) -> bool:
+        """Add the products of a table of ``count`` rows with the one that `table` would fill.
+
+        Only where a kernel makes that; returns what `table` does.
+        """
+        zero: bool = compiled().add_products(  # type: ignore[union-attr]
+            few, count, self.rows, part, self.shifts, kind, sums, product, factor=factor
+        )
+        return zero
+
     def some(self, numbers: NDArray[np.int64]) -> Rows:
         """The rows with these numbers, which may repeat."""
         offsets = self.rows.offsets
@@ -239,12 +259,14 @@ def _all_pairs(
     name: str, parameters: tuple[float, ...], p: _Side, q: _Side, dtype: str, same: bool
 ) -> Values:
     shape = (p.rows.count, q.rows.count)
-    if min(shape) < FEW:
+    products = name not in SMALLEST
+    worth = products and _is_thin(p, q, dtype) and max(shape) >= MANY
+    if min(shape) < FEW and not worth:
         method: Callable[..., tuple[Values, NDArray[np.bool_]]] | None = None
-    elif name in SMALLEST:
-        method = _tiles if dtype == "float32" and parameters in ((), (0.5,)) else None
-    else:
+    elif products:
         method = _products
+    else:
+        method = _tiles if dtype == "float32" and parameters in ((), (0.5,)) else None
     if method is None:
         values, doubtful = np.empty(shape), np.ones(shape, np.bool_)
     else:
@@ -312,8 +334,9 @@ def _products(
     log_p, log_q = np.log(s.of_p[0]), np.log(s.of_q[0])
     values, doubtful = s.product, np.empty(s.product.shape, np.bool_)
     # A few rows at a time, which stay in cache.
-    for start in range(0, len(values), PANEL):
-        some = slice(start, start + PANEL)
+    rows_at_a_time = max(PANEL, CACHE // (64 * values.shape[1]))
+    for start in range(0, len(values), rows_at_a_time):
+        some = slice(start, start + rows_at_a_time)
         block, rows = values[some], (s.of_p[:, some, None], log_p[some, None])
         if alpha == 1.0:
             doubtful[some] = _entropic(name, block, *rows, log_q, TRUSTED[dtype])
@@ -396,19 +419,40 @@ def _add_up(p: _Side, q: _Side, dtype: str, alpha: float) -> _Sums:
     n, m = p.rows.count, q.rows.count
     product, of_p, of_q = _empty_sums(n, m)
     outside = None
-    buffer = _Buffer((n, m), dtype)
-    for part in _parts(p.rows.width):
-        left, right = buffer.tables(part)
-        if alpha == 1.0:
-            p.table(part, left, "probs", of_p)
-            zero = q.table(part, right, "logs", of_q)
+    entropic = alpha == 1.0
+    sides: list[tuple[_Side, Kind, Values, float]] = [
+        (p, "probs" if entropic else "powers", of_p, alpha),
+        (q, "logs" if entropic else "powers", of_q, 1.0 if entropic else 1.0 - alpha),
+    ]
+    thin = _is_thin(p, q, dtype)
+    turned = thin and n > m
+    if turned:
+        sides.reverse()
+        product = np.zeros(product.shape[::-1])
+    (x, x_kind, x_sums, x_factor), (y, y_kind, y_sums, y_factor) = sides
+    # The table of few rows has as many entries as the one of THIN rows, which stays in cache.
+    most = PART * THIN // _whole(x.rows.count) if thin else PART
+    buffer = _Buffer((x.rows.count,) if thin else (n, m), dtype, most)
+    for part in _parts(p.rows.width, most):
+        tables = buffer.tables(part)
+        zeros = [x.table(part, tables[0], x_kind, x_sums, x_factor)]
+        if thin:
+            few = tables[0], x.rows.count
+            zeros.append(y.add_products(part, *few, y_kind, y_sums, y_factor, product))
         else:
-            p.table(part, left, "powers", of_p, factor=alpha)
-            zero = q.table(part, right, "powers", of_q, factor=1.0 - alpha)
-        _add_products(left, right, (n, m), part, product)
-        if zero and alpha >= 1.0:
+            zeros.append(y.table(part, tables[1], y_kind, y_sums, y_factor))
+            _add_products(tables[0], tables[1], (n, m), part, product)
+        if zeros[0 if turned else 1] and alpha >= 1.0:
             outside = _outside(p, q, part) | (False if outside is None else outside)
+    if turned:
+        product = product.T
     return _Sums(product[:n, :m], of_p[:, :n], of_q[:, :m], outside)
+
+
+def _is_thin(p: _Side, q: _Side, dtype: str) -> bool:
+    """Whether a side has few rows, and the table of the other need not be written."""
+    few = min(p.rows.count, q.rows.count) <= THIN
+    return few and dtype == "float32" and p.in_kernel and q.in_kernel
 
 
 def _add_products(x: Table, y: Table, shape: tuple[int, int], part: slice, product: Values) -> None:
@@ -431,30 +475,27 @@ def _whole(rows: int) -> int:
     return -(-rows // PANEL) * PANEL
 
 
-def _parts(width: int) -> Iterator[slice]:
-    """Parts of the vocabulary."""
-    return (slice(start, min(start + PART, width)) for start in range(0, width, PART))
+def _parts(width: int, most: int = PART) -> Iterator[slice]:
+    """Parts of the vocabulary, of up to ``most`` entries."""
+    return (slice(start, min(start + most, width)) for start in range(0, width, most))
 
 
 class _Buffer:
-    """Memory for a table of each side, the same for every part of the vocabulary.
+    """Memory for tables of so many rows, the same for every part of the vocabulary.
 
     A table has the shape (rows, entries), or where a kernel reads it, (panels, entries, PANEL),
     with room for more entries than there are.
     """
 
-    def __init__(self, rows: tuple[int, ...], dtype: str) -> None:
+    def __init__(self, rows: tuple[int, ...], dtype: str, most: int = PART) -> None:
         self.rows = rows
         self.in_panels = dtype == "float32" and compiled() is not None
         # A vector that lies in two cache lines takes twice as long to load.
-        self.memory = [_aligned(_whole(n) * self._apart(PART), dtype) for n in rows]
+        self.memory = [_aligned(_whole(n) * self._apart(most), dtype) for n in rows]
 
     def _apart(self, width: int) -> int:
         """Entries from the start of a row or panel to that of the next."""
-        if not self.in_panels:
-            return width
-        steps = -(-width // STEP)
-        return -(-width // PANEL) * PANEL if steps == 1 else (steps | 1) * STEP
+        return -(-width // PANEL) * PANEL if self.in_panels else width
 
     def tables(self, part: slice) -> list[Table]:
         """Contiguous tables for a part, over what was in the last ones."""
