@@ -24,6 +24,7 @@ from .simd import (
     pow2,
     remainder32,
     rint,
+    rounded32,
     scalef32,
     unordered,
     vabs,
@@ -46,14 +47,15 @@ LN_2_LOW = 1.9082149292705877e-10
 
 @inline
 def _exp2_32_portable(z):
-    n = rint(vmax(-126.0, z))
+    z = vmax(-127.0, z)  # where 2**n is 0
+    n, s = rounded32(z, 1.0)
     r = z - n
     p = fma(r, 0.0013344198232516646, 0.009671825915575027)  # 7.0e-8 on [-1/2, 1/2]
     p = fma(p, r, 0.05550477281212807)
     p = fma(p, r, 0.24022231996059418)
     p = fma(p, r, 0.6931471824645996)
     p = fma(p, r, 1.0)
-    return where(z < -126.0, 0.0, p * pow2(n))
+    return p * s
 
 
 @inline
