@@ -477,6 +477,19 @@ def test_disk_full_leaves_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
     assert not leftovers("o.json")
 
 
+def test_what_is_synced_can_be_written(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows syncs no other file."""
+    fsync, synced = os.fsync, []
+
+    def sync(descriptor: int) -> None:
+        synced.append(os.write(descriptor, b""))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    assert run("compare", "base.npy", "test.npy", "--json", "o.json")[0] == 0
+    assert synced
+
+
 def test_interrupt_leaves_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     compare = klfast.compare
     calls = []

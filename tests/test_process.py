@@ -57,6 +57,38 @@ def test_a_kernel_on_disk_is_called_without_numba() -> None:
     assert python("import sys\n" + CALL + "print('numba' in sys.modules)").split() == ["False"]
 
 
+SYSTEM = """
+import mmap, os, signal
+for module, names in (
+    (os, ("sched_getaffinity", "register_at_fork", "fork", "getuid")),
+    (signal, ("SIGBUS", "SIGALRM", "SIGHUP")),
+    (mmap, [name for name in dir(mmap) if name.startswith(("MADV_", "PROT_", "MAP_"))]),
+):
+    for name in names:
+        if hasattr(module, name):
+            delattr(module, name)
+"""
+
+EVALUATION = """
+import sys
+import types
+from klfast.cli import main
+from klfast.kernels.cpu import faults
+
+faults.sys = types.SimpleNamespace(platform="win32")
+for name in ("a.npy", "b.npy"):
+    np.save(name, np.random.default_rng(len(name)).normal(size=(70, 900)).astype("f"))
+assert main(["compare", "a.npy", "b.npy", "--json", "o.json", "--checkpoint", "kept"]) == 0
+assert main(["info"]) == 0
+"""
+
+
+def test_a_system_without_the_calls_of_posix(tmp_path: Path) -> None:
+    """What Windows does not have; some of it, macOS has not either."""
+    code = SYSTEM + CALL + f"os.chdir({str(tmp_path)!r})" + EVALUATION
+    assert "mean" in python(code)
+
+
 STATE = """
 import gc, locale, logging, os, signal, sys, threading, warnings
 import numpy as np

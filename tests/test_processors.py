@@ -77,3 +77,38 @@ assert (np.signbit(target) == np.signbit(expected))[a_number].all()
 
 def test_float16_without_instructions_for_it() -> None:
     python(HALVES, env=SSE4)
+
+
+EXPONENTIALS = """
+import numpy as np
+from numba import types
+from klfast.kernels.cpu import mathematics, native, simd
+from klfast.kernels.cpu.compiler import compile_kernel
+
+assert not simd.HAS_AVX512
+load, (store, _) = simd.loader("float32", simd.f32v), simd.storer("float32")
+exp2 = mathematics.exp2_32
+
+def powers(source, target, n):
+    for j in range(0, n, simd.LANES32):
+        store(target + 4 * j, exp2(load(source + 4 * j)))
+
+call = native._link(*compile_kernel(powers, (types.int64,) * 3), "qqq")
+z = np.concatenate([
+    np.linspace(-130.0, 127.0, 1 << 20, dtype="f"),
+    np.float32([-np.inf, np.nan, -3e38, -1e4, -127.0, -126.5, -126.0, 0.0] * 2),
+])
+found = np.empty_like(z)
+call(z.ctypes.data, found.ctypes.data, z.size)
+expected = np.exp2(z.astype("d"))
+normal = z >= -126.0
+np.testing.assert_allclose(found[normal], expected[normal], rtol=2e-7)
+small = z < -126.0
+assert (found[small] >= 0.0).all() and (found[small] < 2.0**-126).all()
+assert (found[z < -127.0] == 0.0).all()
+np.testing.assert_array_equal(np.isnan(found), np.isnan(z))
+"""
+
+
+def test_exponentials_without_avx512() -> None:
+    python(EXPONENTIALS, env=HASWELL)

@@ -420,20 +420,21 @@ def pow2(typingctx, n):
 def rounded32(typingctx, t, factor):
     """``n``, which is ``t * factor`` rounded to a whole number, and ``2.0 ** n``.
 
-    For n in the normal exponent range; three instructions, where each by itself takes two or three.
+    For n in the normal exponent range, and -127, of which the power is 0; three instructions, where
+    each by itself takes two or three.
     """
 
     def codegen(context, builder, sig, args):
-        ity = _INT[f32v]
+        ity = _INT[t]
         # As in pow2: the whole number goes into the low bits.
-        magic = _splat(builder, ir.Constant(ir.FloatType(), 1.5 * 2.0**23 + 127), f32v)
-        scale = _as_vector(context, builder, args[1], sig.args[1], f32v)
-        biased = _call(builder, "llvm.fma.v16f32", [args[0], scale, magic])
-        bits = builder.shl(builder.bitcast(biased, ity), ir.Constant(ity, [23] * LANES32))
-        results = (builder.fsub(biased, magic), builder.bitcast(bits, f32v.llvm))
+        magic = _splat(builder, ir.Constant(ir.FloatType(), 1.5 * 2.0**23 + 127), t)
+        scale = _as_vector(context, builder, args[1], sig.args[1], t)
+        biased = _call(builder, f"llvm.fma.{_suffix(t)}", [args[0], scale, magic])
+        bits = builder.shl(builder.bitcast(biased, ity), ir.Constant(ity, [23] * t.lanes))
+        results = (builder.fsub(biased, magic), builder.bitcast(bits, t.llvm))
         return context.make_tuple(builder, sig.return_type, results)
 
-    return types.UniTuple(f32v, 2)(t, factor), codegen
+    return types.UniTuple(t, 2)(t, factor), codegen
 
 
 @intrinsic
