@@ -37,7 +37,6 @@ import math
 from .mathematics import (
     LN_2,
     LOG2_E,
-    NEAR,
     exp2_32,
     inline,
     near_cosh_32,
@@ -45,6 +44,7 @@ from .mathematics import (
     one_minus_exp2_32,
 )
 from .normalization import CLOSE, FAR, all_near, geometric_mean
+from .polynomials import NEAR
 from .rowloop import (
     BLOCK,
     TILE,
