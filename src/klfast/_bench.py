@@ -29,7 +29,9 @@ _CHECKED_ROWS = 4  # compared with the float64 reference, which is slow
 # measured from there, for every contender.
 _SHORT_TURN = 20e-3
 # Before a turn: threads of the contender before stop waiting for more work and give up the cores.
-_PAUSE = 2e-3
+# Those of OpenBLAS keep theirs for 2**26 ticks of the clock, some 30 ms, and who came next would
+# pay for it (a sixth of a call of 300 ms).
+_PAUSE = 50e-3
 # Between the two inputs: without it, entries of one index would meet in one cache set.
 _APART = 4096 + 64
 
