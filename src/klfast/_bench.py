@@ -29,9 +29,7 @@ _CHECKED_ROWS = 4  # compared with the float64 reference, which is slow
 # measured from there, for every contender.
 _SHORT_TURN = 20e-3
 # Before a turn: threads of the contender before stop waiting for more work and give up the cores.
-# Those of OpenBLAS keep theirs for 2**26 ticks of the clock, some 30 ms, and who came next would
-# pay for it (a sixth of a call of 300 ms).
-_PAUSE = 50e-3
+_PAUSE = 2e-3
 # Between the two inputs: without it, entries of one index would meet in one cache set.
 _APART = 4096 + 64
 
@@ -214,11 +212,12 @@ def largest_error(result: Any, truth: NDArray[np.float64]) -> float:
 
 
 def take_turns(
-    runs: Mapping[str, Run], rounds: int, patience: float = math.inf
+    runs: Mapping[str, Run], rounds: int, patience: float = math.inf, pause: float = _PAUSE
 ) -> dict[str, list[float]]:
     """Time contenders in turns: seconds of a call, for each round that a contender was in.
 
-    One that has used up its ``patience``, in seconds, is left out after the second round.
+    One that has used up its ``patience``, in seconds, is left out after the second round. Before
+    each turn there is a ``pause``, in seconds too.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     spent = dict.fromkeys(runs, 0.0)
@@ -227,7 +226,7 @@ def take_turns(
         for name, run in runs.items():
             if number >= 2 and spent[name] > patience:
                 continue
-            time.sleep(_PAUSE)
+            time.sleep(pause)
             began = time.perf_counter()
             run()
             seconds = time.perf_counter() - began
