@@ -30,8 +30,8 @@ from klfast._machine import machine, versions
 HERE = Path(__file__).resolve().parent
 Runs = dict[str, Callable[[], Any]]
 
-# Threads of OpenBLAS keep their cores for 2**26 ticks of the clock after a product, some 30 ms, and who
-# comes next would pay for it: up to a sixth of a call of 300 ms.
+# Threads of OpenBLAS keep their cores for 2**26 ticks of the clock after a product, some 30 ms, and
+# who comes next would pay for it: up to a sixth of a call of 300 ms.
 PAUSE = 50e-3
 
 LIMITS = {"plain read": "a plain read", "matrix product": "the bare matrix product"}
