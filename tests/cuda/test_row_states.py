@@ -14,7 +14,7 @@ import klfast
 from klfast import RowState
 
 NAMES = [
-    "kl", "reverse_kl", "js:0.5", "js:0.1", "tv", "hellinger2", "jeffreys", "renyi:2.0",
+    "kl", "reverse_kl", "js:0.5", "js:0.999", "tv", "hellinger2", "jeffreys", "renyi:2.0",
     "renyi:0.5", "renyi:inf", "renyi:0.0", "alpha:20.0", "chi2", "cross_entropy", "entropy_p",
     "renyi_entropy:0.5", "nll_p", "nll_q", "delta_prob", "same_top", "top_p",
 ]  # fmt: skip
