@@ -103,11 +103,11 @@ def compare(
     any. Rows that `where` drops may have any target. Raises IndexError with the first target that
     is out of range, and ValueError with the nearest name for an unknown metric.
     """
-    if hasattr(p, "read") or hasattr(q, "read"):
-        return _compare_sources(p, q, metrics, targets, options)
     if metrics is None:
         metrics = DEFAULT_METRICS + (() if targets is None else TARGET_METRICS)
     names = tuple(dict.fromkeys((metrics,) if isinstance(metrics, str) else metrics))
+    if hasattr(p, "read") or hasattr(q, "read"):
+        return _compare_sources(p, q, names, targets, options)
     if not names:
         raise ValueError("metrics is empty; accepted: None, or at least one name")
     parsed = [parse_metric(name) for name in names]
@@ -147,7 +147,7 @@ def compare(
 
 
 def _compare_sources(
-    p: Any, q: Any, metrics: str | Sequence[str] | None, targets: Any, options: Mapping[str, Any]
+    p: Any, q: Any, names: tuple[str, ...], targets: Any, options: Mapping[str, Any]
 ) -> Comparison:
     """The same of sources, which are read in blocks."""
     from ._job import Job
@@ -156,8 +156,6 @@ def _compare_sources(
     settings = check_options("compare", options, CompareOptions)
     if settings.axis != -1:
         raise ValueError(f"axis is {settings.axis}; accepted, of a LogitSource: -1")
-    if metrics is None:
-        metrics = DEFAULT_METRICS + (() if targets is None else TARGET_METRICS)
     where = None if settings.where is None else np.asarray(settings.where)
     base, test = as_source(p, "p"), as_source(q, "q")
     lead = base.shape[:-1]
@@ -168,12 +166,11 @@ def _compare_sources(
     keep = None if where is None else where.reshape(-1)
     same = ("temperature", "input", "vocab_size", "backend")
     known = {name: getattr(settings, name) for name in same}
-    (evaluation,) = Job(base, [test], targets, where=keep, metrics=metrics, **known).run()
+    (evaluation,) = Job(base, [test], targets, where=keep, metrics=names, **known).run()
     kept, _ = evaluation.stored()
-    asked = (metrics,) if isinstance(metrics, str) else metrics
     dtype = np.dtype(settings.dtype or ("f8" if "float64" in (base.dtype, test.dtype) else "f4"))
     found: dict[str, Any] = {}
-    for name in dict.fromkeys(asked):
+    for name in names:
         values: Any = kept[name]
         if parse_metric(name)[0].logarithmic:
             values = values / settings.unit
